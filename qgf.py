@@ -68,7 +68,7 @@ class Config:
     batch_size: int = option(256, "chunks in a batch")
     updates: int = option(10_000, "gradient updates in all; more than a finished run has continues it")
     # evaluation
-    weights: tuple = option((0.01, 0.03, 0.1, 0.3), "guidance weights w to choose from")
+    weights: tuple = option((0.01, 0.03, 0.06, 0.1), "guidance weights w to choose from")
     choose: int = option(20, "episodes per weight that choose it, and are not reported")
     episodes: int = option(50, "fresh episodes in a reported row")
     watch: float = option(10.0, "minutes of training between two looks at a few episodes")
@@ -281,7 +281,7 @@ def sample_actions(nets, s, a_0, w, method="qgf", denoise_steps=10):
 DATA_DIR = Path("~/.ogbench/data").expanduser()
 MIRROR = "https://huggingface.co/datasets/zhouzypaul/ogbench_datasets/resolve/main"
 KINDS = ("play", "noisy", "navigate", "stitch", "explore")  # of OGBench datasets
-COLLECT = {"cube-single": 100_000}  # transitions to collect if there is no download; elsewhere 1M
+COLLECT = {"cube-single": 200_000}  # transitions to collect if there is no download; elsewhere 1M
 STACKING = dict(single=(0, 0), double=(0, 0.25), triple=(0.05, 0.35), quadruple=(0.1, 0.5), octuple=(0, 0.35))
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 progress = partial(tqdm, mininterval=0.2 if sys.stderr.isatty() else 30, dynamic_ncols=True)
@@ -372,8 +372,8 @@ def play(base, episode, attempt=0):
         action = np.clip(oracle.select_action(ob, info), -1, 1)
         next_ob, _, terminated, truncated, info = env.step(action)
         done = terminated or truncated
-        buttons = {k[5:]: info[k] for k in ("prev_button_states",) if k in info}
-        rows.append(dict(observations=ob, actions=action, terminals=done, qpos=info["prev_qpos"], **buttons))
+        row = dict(observations=ob, actions=action, terminals=done, qpos=info["prev_qpos"])
+        rows.append(row | {k: info[f"prev_{k}"] for k in ["button_states"] if f"prev_{k}" in info})
         if oracle.done:
             target_ob, target_info = env.unwrapped.set_new_target(p_stack=p_stack)
             oracle = oracles[target_info["privileged/target_task"]]
@@ -398,12 +398,11 @@ def find_dataset(cfg, base, dataset):
         if not (dataset.endswith("-play-v0") and base.startswith(("cube", "scene", "puzzle"))):
             raise UserError(f"no scripted policy makes {dataset}: give --data FILE, or put it at {official}")
         print(f"collecting {n} episodes of 1000 transitions with OGBench's play policies", flush=True)
-        with ProcessPoolExecutor(CORES, get_context("spawn"), start_worker) as pool:
-            try:
-                episodes = list(progress(pool.map(partial(play, base), range(n)), "collecting", n, unit="k"))
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        pool = ProcessPoolExecutor(CORES, get_context("spawn"), start_worker)
+        try:
+            episodes = list(progress(pool.map(partial(play, base), range(n)), "collecting", n, unit="k"))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
         with atomic_write(collected) as file:
             np.savez(file, **{k: np.concatenate([e[k] for e in episodes]) for k in episodes[0]})
     return collected, "collected with OGBench's play policies"
@@ -448,7 +447,7 @@ def to_device(data, horizon):
 
 
 # ---- 7 Evaluation: many environments in lock step, and one policy call for all of them ---------------------
-SLOTS = 4  # environments in a worker process
+SLOTS = 8  # environments in a worker process
 CHOOSE, REPORT, LOOK = 1_000_000, 2_000_000, 3_000_000  # the first episode seed for each purpose
 
 @cache
@@ -648,7 +647,8 @@ def fit(state, data, folder, record, cfg, env_id):
 
 
 # ---- 9 main ------------------------------------------------------------------------------------------------
-FAMILY = {"cube-double": dict(updates=100_000)}  # where the defaults of Config do not serve
+FAMILY = {"cube-double": dict(updates=300_000, lr=5e-4)}  # where the defaults of Config do not serve
+MINUTES = {"cube-single": 6, "cube-double": 90}  # from nothing to the table, on two CPU cores, by default
 
 def parse(argv):
     """The options given on the command line, by field of Config."""
@@ -677,10 +677,12 @@ def run(given):
     elif saved:
         state, record = load_run(folder, settings | given)
     cfg = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in (settings | given).items()})
-    device = jax.devices()[0]
     print(f"qgf     {env_id}, seed {cfg.seed} -> {folder}")
-    print(f"device  {device.device_kind}, {CORES} CPU cores, jax {jax.__version__}", flush=True)
+    print(f"device  {jax.devices()[0].device_kind}, {CORES} CPU cores, jax {jax.__version__}")
     if not cfg.eval:
+        folder.mkdir(parents=True, exist_ok=True)  # if it cannot be written, now is the time to know
+        known = f"about {MINUTES[base]} minutes" if base in MINUTES else "not known for this family"
+        print(f"time    {known}, from nothing on two CPU cores by default", flush=True)
         env = gymnasium.make(env_id)
         path, origin = find_dataset(cfg, base, dataset)
         data = load_dataset(path, env)
@@ -690,14 +692,15 @@ def run(given):
         for k in sorted(data):
             mark.update(data[k])
         print(f"data    {path}: {origin}")
-        print(f"        {len(r) - len(ends):,} transitions in {len(ends):,} trajectories; observations {s_dim}, "
-              f"actions {a_dim};\n        rewards {r.min():g} to {r.max():g}; solved in {solved.mean():.2%} "
+        print(f"        {len(r) - len(ends):,} transitions in {len(ends):,} trajectories; observations {s_dim}"
+              f", actions {a_dim};\n        rewards {r.min():g} to {r.max():g}; solved in {solved.mean():.2%} "
               f"of the states, {len(set(data['ends'][solved]))} of the trajectories")
         if not saved:
             state = init_state(jax.random.PRNGKey(cfg.seed), s_dim, a_dim, cfg)
             packages = ("jax", "jaxlib", "optax", "numpy", "ogbench", "gymnasium", "mujoco")
-            record = dict(s_dim=s_dim, a_dim=a_dim, data=f"{path}: {origin}", fingerprint=mark.hexdigest(),
-                          versions={p: version(p) for p in packages} | dict(python=platform.python_version()))
+            versions = {p: version(p) for p in packages} | dict(python=platform.python_version())
+            record = dict(s_dim=s_dim, a_dim=a_dim, data=f"{path}: {origin}", fingerprint=mark.hexdigest())
+            record |= dict(versions=versions)
         elif mark.hexdigest() != record["fingerprint"]:
             raise UserError(f"{folder} was trained on other data, {record['data']}: choose another --out")
         record["config"] = asdict(cfg)
