@@ -692,9 +692,9 @@ def run(given):
         for k in sorted(data):
             mark.update(data[k])
         print(f"data    {path}: {origin}")
-        print(f"        {len(r) - len(ends):,} transitions in {len(ends):,} trajectories; observations {s_dim}"
-              f", actions {a_dim};\n        rewards {r.min():g} to {r.max():g}; solved in {solved.mean():.2%} "
-              f"of the states, {len(set(data['ends'][solved]))} of the trajectories")
+        print(f"        {len(r) - len(ends):,} transitions in {len(ends):,} trajectories; states {s_dim}"
+              f", actions {a_dim};\n        rewards {r.min():g} to {r.max():g}; solved in {solved.mean():.2%}"
+              f" of the states, {len(set(data['ends'][solved]))} of the trajectories")
         if not saved:
             state = init_state(jax.random.PRNGKey(cfg.seed), s_dim, a_dim, cfg)
             packages = ("jax", "jaxlib", "optax", "numpy", "ogbench", "gymnasium", "mujoco")

@@ -241,7 +241,7 @@ def test_vmapped_seeds_differ_and_equal_single_runs():
 
 
 def test_a_toy_bandit_is_solved():
-    """Actions are near (-.6, 0) or, one time in five, (.6, 0); the second is better. BC imitates, QGF improves."""
+    """Actions are near (-.6, 0) or, one time in five, the better (.6, 0). BC imitates, QGF improves."""
     rng, n = np.random.default_rng(0), 4000
     good = rng.random(n) < 0.2
     actions = np.where(good[:, None], [0.6, 0], [-0.6, 0]) + rng.normal(0, 0.1, (n, 2))
@@ -332,7 +332,7 @@ def test_the_sampler_equals_a_plain_loop_and_best_of_n_takes_the_largest_q():
 
 @pytest.mark.parametrize("critic", ["linear", "quadratic"])
 def test_guided_samples_of_a_gaussian_land_where_the_ode_says(monkeypatch, critic):
-    """The reference is N(μ, σ²) with its exact velocity; da/dt = v + w ∇Q(â_1) is then linear and solved apart."""
+    """The reference is N(μ, σ²) with its exact velocity; da/dt = v + w ∇Q(â_1) is then linear, solved apart."""
     mu, sigma, w, k, target = 0.1, 0.2, 0.15, 2.0, 0.4
     monkeypatch.setattr(qgf, "velocity", gaussian_velocity(mu, sigma))
     if critic == "linear":  # a_1 = μ + σ a_0 + w σ ∫ dt / sqrt((1-t)² + t²σ²), an integral in closed form
