@@ -332,7 +332,7 @@ def test_the_sampler_equals_a_plain_loop_and_best_of_n_takes_the_largest_q():
 
 @pytest.mark.parametrize("critic", ["linear", "quadratic"])
 def test_guided_samples_of_a_gaussian_land_where_the_ode_says(monkeypatch, critic):
-    """The reference is N(μ, σ²) with its exact velocity; da/dt = v + w ∇Q(â_1) is then linear, solved apart."""
+    """The reference is N(μ, σ²) with its exact velocity; da/dt = v + w ∇Q(â_1) is then linear."""
     mu, sigma, w, k, target = 0.1, 0.2, 0.15, 2.0, 0.4
     monkeypatch.setattr(qgf, "velocity", gaussian_velocity(mu, sigma))
     if critic == "linear":  # a_1 = μ + σ a_0 + w σ ∫ dt / sqrt((1-t)² + t²σ²), an integral in closed form
