@@ -649,7 +649,7 @@ def fit(state, data, folder, record, cfg, env_id):
 
 # ---- 9 main ------------------------------------------------------------------------------------------------
 FAMILY = {"cube-double": dict(updates=150_000, lr=5e-4)}  # where the defaults of Config do not serve
-MINUTES = {"cube-single": 6, "cube-double": 55}  # from nothing to the table, on two CPU cores, by default
+MINUTES = {"cube-single": 6, "cube-double": 50}  # from nothing to the table, on two CPU cores, by default
 
 def parse(argv):
     """The options given on the command line, by field of Config."""
