@@ -605,19 +605,31 @@ def load_run(folder, given):
         raise UserError(f"{folder} holds a run with {' '.join(differ)}: ask for that, or another --out")
     return jax.tree.unflatten(jax.tree.structure(state), [arrays[k] for k in named_leaves(state)]), record
 
+@contextmanager
+def gentle_stop():
+    """Yields a list that the first Ctrl-C (or SIGTERM) fills, for a loop to end at; the second interrupts."""
+    stop, signals = [], (signal.SIGINT, signal.SIGTERM)
+    def stopping(*_):
+        return signal.default_int_handler() if stop else stop.append(1)
+    old = [signal.signal(s, stopping) for s in signals]
+    try:
+        yield stop
+    finally:
+        for s, handler in zip(signals, old):
+            signal.signal(s, handler)
+
 def fit(state, data, folder, record, cfg, env_id):
     """Train to cfg.updates; save each minute and at the end, look at a few episodes now and then. -> State
 
     The first Ctrl-C (or SIGTERM) ends the run after the chunk in hand, and saves; the second ends it at once.
     """
-    stop, metrics, step = [], [], int(state.step)
+    metrics, step = [], int(state.step)
     if step:  # after a kill, metrics.csv can be ahead of the checkpoint
         with open(folder / "metrics.csv") as file:
             metrics = [row for row in list(csv.reader(file))[1:] if int(row[0]) <= step]
-    for s in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(s, lambda *_: signal.default_int_handler() if stop else stop.append(1))
     saved = looked = time.monotonic()
-    with progress(total=cfg.updates, initial=step, desc="training", unit=" updates") as bar:
+    bar = progress(total=cfg.updates, initial=step, desc="training", unit=" updates")
+    with gentle_stop() as stop, bar:
         while step < cfg.updates and not stop:
             state, info = train(state, data, min(CHUNK, cfg.updates - step), cfg)
             losses = np.array([info[k] for k in LOSSES])  # (5, CHUNK): the one wait for the device
@@ -639,9 +651,7 @@ def fit(state, data, folder, record, cfg, env_id):
                     look = rollout(acting_nets(state), run, jobs, cfg, "a look")
                 bar.write("\n".join([f"after {step} updates", *table(look)]))
                 looked = time.monotonic()
-    save_run(folder, state, metrics, record)
-    for s in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(s, signal.default_int_handler)
+        save_run(folder, state, metrics, record)
     if stop:
         raise UserError(f"stopped at update {step}, saved in {folder}; the same command goes on")
     return state

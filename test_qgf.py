@@ -694,6 +694,7 @@ def test_a_diverging_run_stops_with_its_step_and_keeps_the_last_good_checkpoint(
     monkeypatch.setattr(qgf, "train", diverging)
     assert main(home, "--updates", "500") == 1
     assert "NaN or Inf at update 438" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # Ctrl-C is the caller's again
     assert all((v == before[k]).all() for k, v in checkpoint(home / "whole").items())
     state, record = qgf.load_run(home / "whole/cube-single-s0", {})
     with pytest.raises(qgf.UserError, match="params/value/0/b is NaN"):
