@@ -613,7 +613,7 @@ def test_a_run_stopped_or_killed_goes_on_bitwise(home):
     for line in stopped.stdout:  # the plan is printed when training begins
         if line.startswith("plan"):
             break
-    time.sleep(5)
+    time.sleep(3)
     stopped.send_signal(signal.SIGINT)
     _, err = stopped.communicate(timeout=120)
     assert stopped.returncode == 1 and "stopped at update" in err and "Traceback" not in err
