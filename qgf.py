@@ -21,7 +21,7 @@ keep it. Left out, because they would hide it: pixels, online fine-tuning, other
 import argparse, csv, difflib, errno, hashlib, http.client, json, math, os, platform, re  # noqa: E401
 import shutil, signal, sys, threading, time, urllib.request, warnings  # noqa: E401
 from collections import namedtuple
-from concurrent.futures import ProcessPoolExecutor, process
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, process, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache, partial
@@ -53,6 +53,7 @@ class Config:
     seed: int = option(0, "seed of parameters, batches and noise")
     out: str = option("runs", "folder of runs; this one is OUT/<env>-s<seed>")
     eval: bool = option(False, "evaluate the saved run again, without training")
+    table: str = option("", "print the results of all runs in this folder, pooled, as Markdown; no more")
     data: str = option("", "an .npz in OGBench's format; its own `rewards` and `masks` are used if there")
     collect: int = option(0, "collect so many transitions with OGBench's play policies, do not download")
     # the algorithm
@@ -61,6 +62,7 @@ class Config:
     discount: float = option(0.99, "γ, per environment step")
     expectile: float = option(0.9, "τ of V: .5 is the mean over the data's actions, 1 the maximum")
     target_rate: float = option(0.005, "rate of the critic's Polyak average, per update")
+    edp: float = option(0.0, "α of EDP; above 0, a second policy is trained by it, the train-time twin")
     # networks and optimiser
     width: int = option(256, "units in a hidden layer")
     depth: int = option(3, "hidden layers in a network")
@@ -68,7 +70,8 @@ class Config:
     batch_size: int = option(256, "chunks in a batch")
     updates: int = option(10_000, "gradient updates in all; more than a finished run has continues it")
     # evaluation
-    weights: tuple = option((0.01, 0.03, 0.06, 0.1), "guidance weights w to choose from")
+    methods: tuple = option(("bc", "qgf"), "names in GUIDANCE; NAME@4 is best of 4, NAME+score its schedule")
+    weights: tuple = option((0.01, 0.03, 0.06, 0.1), "guidance weights w, of which each method gets its own")
     choose: int = option(20, "episodes per weight that choose it, and are not reported")
     episodes: int = option(50, "fresh episodes in a reported row")
     watch: float = option(10.0, "minutes of training between two looks at a few episodes")
@@ -110,9 +113,17 @@ def velocity(policy, s, a_t, t):
     """The flow v_θ(s, a_t, t): s (B, S), a_t (B, H*A), t (B, 1) -> (B, H*A)."""
     return mlp(policy, jnp.concatenate([s, a_t, time_embedding(t)], axis=-1))
 
+def clean_estimate(a_t, t, v):
+    """â_1, where a_t (B, H*A) at t (B, 1) would end if it kept its velocity v (B, H*A) -> (B, H*A)."""
+    return jnp.clip(a_t + (1 - t) * v, -1, 1)
+
 def q_values(critic, s, a):
     """Both critics Q_k(s, a), their parameters stacked on axis 0: s (B, S), a (B, H*A) -> (2, B)."""
     return jax.vmap(mlp, in_axes=(0, None))(critic, jnp.concatenate([s, a], axis=-1))[..., 0]
+
+def q_min(critic, s, a):
+    """min_k Q_k(s, a): s (B, S), a (B, H*A) -> (B,)."""
+    return q_values(critic, s, a).min(axis=0)
 
 def value(layers, s):
     """V(s): s (B, S) -> (B,)."""
@@ -123,23 +134,28 @@ def init_params(key, s_dim, a_dim, cfg):
     key_policy, key_critic, key_value = jax.random.split(key, 3)
     hidden, chunk = [cfg.width] * cfg.depth, cfg.horizon * a_dim
     lecun = jax.nn.initializers.lecun_normal()
-    return dict(
+    params = dict(
         policy=init_mlp(key_policy, [s_dim + chunk + 16, *hidden, chunk], norm_last=False, out_init=lecun),
         critic=jax.vmap(lambda k: init_mlp(k, [s_dim + chunk, *hidden, 1]))(jax.random.split(key_critic, 2)),
         value=init_mlp(key_value, [s_dim, *hidden, 1]),
     )
+    return params | (dict(edp=jax.tree.map(jnp.copy, params["policy"])) if cfg.edp else {})
 
 
 # ---- 3 Losses ----------------------------------------------------------------------------------------------
-def flow_matching_loss(policy, s, a_1, key, cfg):
-    """Behaviour cloning: E (v_θ(s, a_t, t) - (a_1 - a_0))², a mean over all of s (B, S), a_1 (B, H*A).
+def noisy_actions(a_1, key, cfg):
+    """Noise a_0, a_t between it and a_1 (B, H*A), and t: -> a_0 (B, H*A), a_t (B, H*A), t (B, 1).
 
     t is drawn from the grid {0, 1/T, ..., 1}, as in the official code: acting asks for no other.
     """
     key_noise, key_time = jax.random.split(key)
     a_0 = jax.random.normal(key_noise, a_1.shape)
     t = jax.random.randint(key_time, (len(a_1), 1), 0, cfg.denoise_steps + 1) / cfg.denoise_steps  # (B, 1)
-    a_t = (1 - t) * a_0 + t * a_1
+    return a_0, (1 - t) * a_0 + t * a_1, t
+
+def flow_matching_loss(policy, s, a_1, key, cfg):
+    """Behaviour cloning: E (v_θ(s, a_t, t) - (a_1 - a_0))², a mean over all of s (B, S), a_1 (B, H*A)."""
+    a_0, a_t, t = noisy_actions(a_1, key, cfg)
     return jnp.mean((velocity(policy, s, a_t, t) - (a_1 - a_0)) ** 2)
 
 def critic_loss(critic, value_layers, batch, cfg):
@@ -155,16 +171,22 @@ def expectile_loss(u, tau):
 
 def value_loss(layers, target_critic, batch, cfg):
     """E L2^τ(min_k Q̄_k(s, a) - V(s)); the target critic gets no gradient. -> loss, V (B,)"""
-    q = q_values(target_critic, batch["observations"], batch["actions"]).min(axis=0)  # (2, B) -> (B,)
+    q = q_min(target_critic, batch["observations"], batch["actions"])  # (B,)
     v = value(layers, batch["observations"])
     return jnp.mean(expectile_loss(q - v, cfg.expectile)), v
+
+def edp_loss(policy, target_critic, s, a_1, key, cfg):
+    """EDP, QGF's train-time twin: α (flow matching) - E min_k Q̄_k(s, â_1), differentiated through â_1."""
+    _, a_t, t = noisy_actions(a_1, key, cfg)
+    q = q_min(target_critic, s, clean_estimate(a_t, t, velocity(policy, s, a_t, t)))  # (B,)
+    return cfg.edp * flow_matching_loss(policy, s, a_1, key, cfg) - q.mean()
 
 
 # ---- 4 Training --------------------------------------------------------------------------------------------
 class State(NamedTuple):
     """All that training changes: from it and the data, a run continues bit for bit."""
 
-    params: dict  # policy, critic, value
+    params: dict  # policy, critic, value, and edp if asked for
     target: list  # Q̄, the Polyak average of the critic
     opt: tuple  # Adam's moments
     key: jax.Array  # the run's; update i uses fold_in(key, i), however updates are grouped into calls
@@ -202,13 +224,15 @@ def update(state, batch, key, cfg):
     The losses are added only to take one gradient: each reaches its own network alone. All gradients are
     taken at the old parameters, and the target averages the old critic.
     """
+    s, a_1 = batch["observations"], batch["actions"]
 
     def loss(params):
-        flow = flow_matching_loss(params["policy"], batch["observations"], batch["actions"], key, cfg)
+        flow = flow_matching_loss(params["policy"], s, a_1, key, cfg)
         critic, q = critic_loss(params["critic"], params["value"], batch, cfg)
         val, v = value_loss(params["value"], state.target, batch, cfg)
+        edp = edp_loss(params["edp"], state.target, s, a_1, key, cfg) if cfg.edp else 0.0
         info = dict(flow_loss=flow, critic_loss=critic, value_loss=val, q=q.mean(), v=v.mean())
-        return flow + critic + val, info
+        return flow + critic + val + edp, info
 
     grads, info = jax.grad(loss, has_aux=True)(state.params)
     steps, opt = optax.adam(cfg.lr).update(grads, state.opt)
@@ -230,49 +254,86 @@ def train(state, data, n, cfg):
 
 
 # ---- 5 Guidance: each step of the flow is nudged by the critic ---------------------------------------------
-# An estimator says where to push: (nets, s (B, S), a_t (B, H*A), t (B, 1), v (B, H*A)) -> (B, H*A), with
-# nets = dict(policy, critic) and v = v_θ(s, a_t, t). A new one is a function and its name in GUIDANCE.
+# An estimator says where to push a_t: (nets, s (B, S), a_t (B, H*A), t (B, 1), v (B, H*A), T) -> (B, H*A),
+# with nets = dict(policy, critic), v = v_θ(s, a_t, t), T Euler steps in all. A new one is a function and its
+# name in GUIDANCE. They differ in the action at which the critic is asked, and in what the gradient is of.
 
 def acting_nets(state):
-    """The networks that act: the policy, and the target critic as its guide."""
-    return dict(policy=state.params["policy"], critic=state.target)
+    """The networks that act: the policies, and the target critic as their guide."""
+    return {k: state.params[k] for k in ("policy", "edp") if k in state.params} | dict(critic=state.target)
 
-def q_min(nets, s, a):
-    """min_k Q̄_k(s, a): s (B, S), a (B, H*A) -> (B,)."""
-    return q_values(nets["critic"], s, a).min(axis=0)
+def grad_q(nets, s, a, clean=lambda a: a):
+    """∇_a min_k Q̄_k(s, clean(a)): s (B, S), a (B, H*A) -> (B, H*A)."""
+    return jax.grad(lambda a: q_min(nets["critic"], s, clean(a)).sum())(a)  # each row has its own term
 
-def bc(nets, s, a_t, t, v):
+def integrate(nets, s, a_t, t, T):
+    """ODE(a_t): the end of the flow, left alone from a_t (B, H*A) at t (B, 1) for the steps that remain."""
+
+    def euler(a, i):
+        now = t + i / T  # (B, 1)
+        go_on = now[0, 0] < 1 - 0.5 / T  # the same for all rows; steps past the end are not run
+        return jax.lax.cond(go_on, lambda: a + velocity(nets["policy"], s, a, now) / T, lambda: a), None
+
+    return jnp.clip(jax.lax.scan(euler, a_t, jnp.arange(T))[0], -1, 1)
+
+def bc(nets, s, a_t, t, v, T):
     """No guidance: plain behaviour cloning."""
     return jnp.zeros_like(a_t)
 
-def qgf(nets, s, a_t, t, v):
-    """∇_{â_1} min_k Q̄_k(s, â_1) at the clean estimate â_1, with the Jacobian ∂â_1/∂a_t replaced by 1."""
-    a_1 = jnp.clip(a_t + (1 - t) * v, -1, 1)
-    return jax.grad(lambda a: q_min(nets, s, a).sum())(a_1)  # of the sum: each row depends on its own Q alone
+def qgf(nets, s, a_t, t, v, T):
+    """∇Q̄(s, â_1) at the clean estimate â_1, with the Jacobian ∂â_1/∂a_t replaced by 1."""
+    return grad_q(nets, s, clean_estimate(a_t, t, v))
 
-GUIDANCE = dict(bc=bc, qgf=qgf)
+def qgf_jacobian(nets, s, a_t, t, v, T):
+    """Jᵀ ∇Q̄(s, â_1), J = ∂â_1/∂a_t: the gradient of Q̄(s, â_1(a_t))."""
+    return grad_q(nets, s, a_t, lambda a: clean_estimate(a, t, velocity(nets["policy"], s, a, t)))
 
-@partial(jax.jit, static_argnames=("method", "denoise_steps"))
-def sample_actions(nets, s, a_0, w, method="qgf", denoise_steps=10):
+def qgf_chain(nets, s, a_t, t, v, T):
+    """∇Q̄ at the flow's own end ODE(a_t), with its Jacobian replaced by 1."""
+    return grad_q(nets, s, integrate(nets, s, a_t, t, T))
+
+def bptt(nets, s, a_t, t, v, T):
+    """∇_{a_t} Q̄(s, ODE(a_t)), back through every Euler step that remains."""
+    return grad_q(nets, s, a_t, lambda a: integrate(nets, s, a, t, T))
+
+def qfql(nets, s, a_t, t, v, T):
+    """∇Q̄(s, a_t) at the noisy action, where Q̄ was never trained."""
+    return grad_q(nets, s, a_t)
+
+GUIDANCE = {"bc": bc, "qgf": qgf, "qgf-jacobian": qgf_jacobian, "qgf-chain": qgf_chain, "bptt": bptt,
+            "qfql": qfql, "gradstep": bc, "edp": bc}  # the last two act elsewhere: see `sample_actions`
+SCHEDULE = dict(constant=lambda t: 1.0, score=lambda t: (1 - t) / t)  # c(t); see `sample_actions`
+ASCENTS = 3  # steps of gradstep; the paper takes 3 to 5
+
+@partial(jax.jit, static_argnames=("method", "schedule", "denoise_steps"))
+def sample_actions(nets, s, a_0, w, method="qgf", schedule="constant", denoise_steps=10):
     """Integrate the guided flow from noise to actions: s (B, S), a_0 (B, N, H*A), w () or (B,) -> (B, H*A).
 
     Best of N: a state has N candidates, one for each row of noise; the one with the largest Q̄ is returned.
-    The weight is traced, so that another one, or one for each row, compiles nothing new.
+    The weight is traced, so that another one, or one for each row, compiles nothing new. `score` scales it
+    by (1-t)/t, for v = (a_t + (1-t) ∇log p_t)/t makes a tilt of log p_t by g one of v by (1-t)/t g; it is
+    taken in the middle of a step, and so is finite in the first. `gradstep` climbs Q̄ after the flow has
+    ended, in ASCENTS steps of size w, and `edp` is the flow of the policy so trained, unguided.
     """
-    B, N, D = a_0.shape
+    (B, N, D), T = a_0.shape, denoise_steps
     s = jnp.repeat(s, N, axis=0)  # (B, S) -> (B*N, S)
     w = jnp.repeat(jnp.broadcast_to(w, B), N)[:, None]  # (B,) -> (B*N, 1)
+    if method == "edp":
+        nets = nets | dict(policy=nets["edp"])
 
     def euler(a_t, i):
-        t = jnp.full((B * N, 1), i / denoise_steps)
+        t = jnp.full((B * N, 1), i / T)
         v = velocity(nets["policy"], s, a_t, t)
-        return a_t + (v + w * GUIDANCE[method](nets, s, a_t, t, v)) / denoise_steps, None
+        g = SCHEDULE[schedule](t + 0.5 / T) * GUIDANCE[method](nets, s, a_t, t, v, T)
+        return a_t + (v + w * g) / T, None
 
-    a, _ = jax.lax.scan(euler, a_0.reshape(B * N, D), jnp.arange(denoise_steps))
+    a, _ = jax.lax.scan(euler, a_0.reshape(B * N, D), jnp.arange(T))
     a = jnp.clip(a, -1, 1)
+    for _ in range(ASCENTS if method == "gradstep" else 0):
+        a = jnp.clip(a + w * grad_q(nets, s, a), -1, 1)
     if N == 1:
         return a
-    best = q_min(nets, s, a).reshape(B, N).argmax(axis=1)  # (B*N,) -> (B, N) -> (B,)
+    best = q_min(nets["critic"], s, a).reshape(B, N).argmax(axis=1)  # (B*N,) -> (B, N) -> (B,)
     return a.reshape(B, N, D)[jnp.arange(B), best]
 
 
@@ -293,19 +354,17 @@ class UserError(Exception):
 
 def find_task(name):
     """-> its names: cube-double, cube-double-task3, cube-double-singletask-task3-v0, cube-double-play-v0."""
-    words = name.removesuffix("-v0").split("-")
+    form = rf"(?P<base>.+?)(-(?P<kind>{'|'.join(KINDS)}))?(-singletask)?(?P<task>-task\d)?(-v0)?"
+    base, kind, task = re.fullmatch(form, name or "?").group("base", "kind", "task")
     usual = "navigate" if "maze" in name or "soccer" in name else "play"
-    kind = next((w for w in words if w in KINDS), usual)
-    task = next((w for w in words if re.fullmatch(r"task\d", w)), "")
-    base = "-".join(w for w in words if w not in (kind, task, "singletask"))
     known = [i for i in gymnasium.registry if "-singletask" in i and not i.startswith("visual")]
-    env_id = "-".join(filter(None, (base, "singletask", task, "v0")))
+    env_id = f"{base}-singletask{task or ''}-v0"
     if env_id not in known:
         names = sorted(i.replace("-singletask", "").removesuffix("-v0") for i in known)
         near = difflib.get_close_matches(name, names, cutoff=0.4) or [i for i in names if "-task" not in i]
         raise UserError(f"unknown environment {name!r}; did you mean {', '.join(near)}?")
-    short = "-".join(filter(None, (base, kind if kind != usual else "", task)))
-    return base, short, env_id, f"{base}-{kind}-v0"
+    short = base + (f"-{kind}" if kind not in (None, usual) else "") + (task or "")
+    return base, short, env_id, f"{base}-{kind or usual}-v0"
 
 @contextmanager
 def atomic_write(path, mode="wb"):
@@ -352,10 +411,9 @@ def playground(base):
     collecting = dict(terminate_at_goal=False, mode="data_collection", max_episode_steps=1001)
     env = gymnasium.make(f"{base}-v0", **collecting)
     settings = dict(env=env, noise=0.1, noise_smoothing=0.5)
-    closed = dict(gripper_always_closed=True) if "puzzle" in base else {}
     return env, dict(
         cube=cube_plan.CubePlanOracle(**settings),
-        button=button_plan.ButtonPlanOracle(**settings, **closed),
+        button=button_plan.ButtonPlanOracle(**settings, gripper_always_closed="puzzle" in base),
         drawer=drawer_plan.DrawerPlanOracle(**settings),
         window=window_plan.WindowPlanOracle(**settings),
     )
@@ -447,100 +505,172 @@ def to_device(data, horizon):
     return {k: jnp.asarray(v) for k, v in data.items() if k != "ends"} | dict(starts=jnp.int32(starts))
 
 
-# ---- 7 Evaluation: many environments in lock step, and one policy call for all of them ---------------------
-SLOTS = 8  # environments in a worker process
+# ---- 7 Evaluation: many environments in a few processes, and one policy call for each group of them --------
+GROUPS, SLOTS = 2, 4  # groups in a worker process, of which one runs while the other waits; slots in a group
 CHOOSE, REPORT, LOOK = 1_000_000, 2_000_000, 3_000_000  # the first episode seed for each purpose
+
+Job = namedtuple("Job", "method weight seed")  # the method as `method_of` reads it
+Episode = namedtuple("Episode", "method weight seed success ret length")  # ret: sum of rewards, length: steps
+
+def method_of(name):
+    """qgf-jacobian+score@4 -> its arguments for `sample_actions`, and N."""
+    parts = re.fullmatch(r"(?P<method>[a-z-]+)(\+(?P<schedule>score))?(@(?P<n>[1-9]\d*))?", name)
+    if not parts or parts["method"] not in GUIDANCE:
+        usage = f"NAME, NAME+score or NAME@4 (best of 4), NAME being one of {', '.join(GUIDANCE)}"
+        raise UserError(f"unknown method {name!r}: give {usage}")
+    return dict(method=parts["method"], schedule=parts["schedule"] or "constant"), int(parts["n"] or 1)
 
 @cache
 def slot(env_id, i):
     """In a worker process: its i-th environment."""
     return gymnasium.make(env_id, disable_env_checker=True)
 
-def act(env_id, commands):
-    """In a worker process: one command a slot, None, a seed to reset with, or a chunk (H, A) to execute.
+def act(env_id, first, commands):
+    """In a worker process: a command a slot from `first` on: None, a seed to reset with, or a chunk (H, A).
 
-    -> for each None or (observation, rewards, done, success); a chunk stops where its episode ends
+    -> for each, None or (observation, rewards, done, success); a chunk stops where its episode ends
     """
     replies = [None] * len(commands)
     for i, command in enumerate(commands):
         if isinstance(command, int):
             np.random.seed(command)
-            replies[i] = slot(env_id, i).reset(seed=command)[0], [], False, False
+            replies[i] = slot(env_id, first + i).reset(seed=command)[0], [], False, False
         elif command is not None:
             rewards, done = [], False
             while len(rewards) < len(command) and not done:
-                ob, reward, terminated, truncated, info = slot(env_id, i).step(command[len(rewards)])
+                ob, reward, terminated, truncated, info = slot(env_id, first + i).step(command[len(rewards)])
                 rewards, done = [*rewards, float(reward)], terminated or truncated
             replies[i] = ob, rewards, done, bool(info.get("success"))
     return replies
 
 @contextmanager
 def simulators(env_id):
-    """Start a process a core; yields a function that takes a command for each slot and gives the replies."""
+    """Start a process a core. -> a function for each group of slots: commands to a future of their replies"""
     pools = [ProcessPoolExecutor(1, get_context("spawn"), start_worker) for _ in range(CORES)]
-    def run(commands):
-        jobs = [pool.submit(act, env_id, commands[i::CORES]) for i, pool in enumerate(pools)]
-        return [reply for row in zip(*(job.result() for job in jobs)) for reply in row]
     try:
-        yield run
+        yield [partial(p.submit, act, env_id, g * SLOTS) for g in range(GROUPS) for p in pools]
     finally:
         for pool in pools:
             pool.shutdown(wait=False, cancel_futures=True)
 
-Episode = namedtuple("Episode", "method weight seed success ret length")  # ret: sum of rewards, length: steps
+def rollout(nets, groups, jobs, cfg, label):
+    """Run an episode for each Job with the groups of `simulators`. -> Episodes in that order
 
-def rollout(nets, run, jobs, cfg, label, method="qgf"):
-    """Run an episode for each job (weight, seed) with `run` of `simulators`. -> Episodes in that order
-
-    A free slot takes the next job at once. An episode's start and noise depend on its seed alone, so that
-    rows of a table with the same seeds are paired.
+    A free slot takes the next job at once, and no group waits for another. An episode's start and noise
+    depend on its seed alone, so that rows of a table with the same seeds are paired.
     """
-    n, chunk = CORES * SLOTS, nets["policy"][-1]["b"].size  # slots, H*A
-    queue, results, running = list(enumerate(jobs))[::-1], [None] * len(jobs), [None] * n
-    obs = np.zeros((n, nets["critic"][0]["w"].shape[1] - chunk), np.float32)
-    noise, weights = np.zeros((n, 1, chunk), np.float32), np.zeros(n, np.float32)
-    with progress(total=len(jobs), desc=label, unit=" episodes") as bar:
-        while queue or any(running):
-            for i in range(n):
-                if running[i]:
-                    noise[i] = running[i][1].standard_normal((1, chunk))
-            actions = sample_actions(nets, obs, noise, weights, method, cfg.denoise_steps)  # (n, H*A)
-            commands = list(np.asarray(actions).reshape(n, cfg.horizon, -1))  # (n, H, A)
-            for i in range(n):
-                if not running[i]:
-                    commands[i] = None
-                    if queue:
-                        job, (weights[i], commands[i]) = queue.pop()
-                        running[i] = job, np.random.default_rng(commands[i]), []
-            for i, reply in enumerate(run(commands)):
+    queue, results = list(enumerate(jobs))[::-1], [None] * len(jobs)
+    chunk = nets["policy"][-1]["b"].size  # H*A
+    s_dim = nets["critic"][0]["w"].shape[1] - chunk
+
+    def commands_of_a_group():  # yields commands, and is sent the replies to them
+        obs, running = np.zeros((SLOTS, s_dim), np.float32), [None] * SLOTS
+        while True:
+            commands = [None] * SLOTS
+            for method in {r[1].method for r in running if r}:
+                rows = [i for i in range(SLOTS) if running[i] and running[i][1].method == method]
+                how, n = method_of(method)
+                noise, w = np.zeros((SLOTS, n, chunk), np.float32), np.zeros(SLOTS, np.float32)
+                for i in rows:
+                    noise[i], w[i] = running[i][2].standard_normal((n, chunk)), running[i][1].weight
+                actions = sample_actions(nets, obs, noise, w, **how, denoise_steps=cfg.denoise_steps)
+                actions = np.asarray(actions).reshape(SLOTS, cfg.horizon, -1)  # (SLOTS, H*A) -> (SLOTS, H, A)
+                for i in rows:
+                    commands[i] = actions[i]
+            for i in range(SLOTS):
+                if not running[i] and queue:
+                    number, job = queue.pop()
+                    commands[i], running[i] = job.seed, (number, job, np.random.default_rng(job.seed), [])
+            if not any(running):
+                return
+            for i, reply in enumerate((yield commands)):
                 if reply:
                     obs[i], rewards, done, success = reply
-                    job, _, so_far = running[i]
+                    number, job, _, so_far = running[i]
                     so_far += rewards
                     if done:
-                        name, running[i] = method if jobs[job][0] else "bc", None
-                        results[job] = Episode(name, *jobs[job], success, sum(so_far), len(so_far))
+                        results[number], running[i] = Episode(*job, success, sum(so_far), len(so_far)), None
                         bar.update()
+
+    with progress(total=len(jobs), desc=label, unit=" episodes") as bar:
+        work = {group(next(c)): (group, c) for group in groups if queue for c in [commands_of_a_group()]}
+        while work:
+            for future in wait(work, return_when=FIRST_COMPLETED).done:
+                group, c = work.pop(future)
+                try:
+                    work[group(c.send(future.result()))] = group, c
+                except StopIteration:
+                    pass
     return results
 
-def table(episodes):
-    """Lines of a table, a row for each method and weight: success with its Wilson interval, means, a bar."""
-    lines = ["method    weight    n  success  95 % interval     return   length"]
-    for row in dict.fromkeys(e[:2] for e in episodes):
-        ours = [(1, e.success, e.ret, e.length) for e in episodes if e[:2] == row]
-        n, wins, ret, length = np.sum(ours, axis=0)
-        low, high = binomtest(int(wins), int(n)).proportion_ci(method="wilson")
-        numbers = f"{n:4.0f} {wins / n:8.2f}  [{low:.2f}, {high:.2f}]   {ret / n:8.1f} {length / n:8.1f}"
-        lines.append(f"{row[0]:8} {row[1]:7g} {numbers}  {'█' * round(20 * wins / n):░<20}")
+def operations(jaxpr, T):
+    """Floating-point operations of a jaxpr's matrix products, in loops as often as they run."""
+    total = 0
+    for eqn in jaxpr.eqns:
+        inner = [operations(j, T) for j in jax.tree.leaves(list(eqn.params.values())) if hasattr(j, "eqns")]
+        if eqn.primitive.name == "dot_general":
+            (dims, _), _ = eqn.params["dimension_numbers"]
+            total += 2 * eqn.outvars[0].aval.size * math.prod(eqn.invars[0].aval.shape[d] for d in dims)
+        elif eqn.primitive.name == "cond":  # in `integrate`, of T steps at each of T times, what remains
+            total += max(inner) * (T + 1) / (2 * T)
+        else:
+            total += sum(inner) * eqn.params.get("length", 1)  # of a scan
+    return total
+
+def cost(nets, method, cfg):
+    """What a chunk costs. -> ms at batch 1, µs in a batch of 256 (medians), MFLOP (its matrix products)"""
+    how, n = method_of(method)
+    chunk, result = nets["policy"][-1]["b"].size, {}
+    sample = partial(sample_actions, **how, denoise_steps=cfg.denoise_steps)
+    for B, unit in ((1, "ms_1"), (256, "us_256")):
+        s, a_0 = jnp.zeros((B, nets["critic"][0]["w"].shape[1] - chunk)), jnp.ones((B, n, chunk))
+        times = []
+        for _ in range(12):
+            start = time.perf_counter()
+            sample(nets, s, a_0, 0.01).block_until_ready()
+            times.append(time.perf_counter() - start)
+        result[unit] = np.median(times[2:]) / B * (1e3 if B == 1 else 1e6)  # the first two compile, and warm
+        result["mflop"] = operations(jax.make_jaxpr(sample)(nets, s, a_0, 0.01), cfg.denoise_steps) / B / 1e6
+    return result
+
+def summary(episodes, costs={}):
+    """Episodes -> a dict for each method and weight: success with its Wilson interval, means, gain over BC.
+
+    The gain is paired by episode seed; its interval is the bootstrap's 95 % over episodes.
+    """
+    rows, base = [], {e.seed: e.success for e in episodes if e.method == "bc"}
+    for method, weight in dict.fromkeys(e[:2] for e in episodes):
+        ours = [e for e in episodes if e[:2] == (method, weight)]
+        n, wins = len(ours), sum(e.success for e in ours)
+        low, high = binomtest(wins, n).proportion_ci(method="wilson")
+        row = dict(method=method, weight=weight, n=n, success=wins / n, low=low, high=high)
+        row |= dict(ret=sum(e.ret for e in ours) / n, length=sum(e.length for e in ours) / n)
+        gains = np.array([e.success - base[e.seed] for e in ours if e.seed in base])
+        if method != "bc" and len(gains):
+            means = np.random.default_rng(0).choice(gains, (10_000, len(gains))).mean(axis=1)
+            ends = np.percentile(means, (2.5, 97.5))
+            row |= dict(gain=gains.mean(), gain_low=ends[0], gain_high=ends[1])
+        rows.append(row | costs.get(method, {}))
+    return rows
+
+def table(rows):
+    """Lines of text for the rows of `summary`, with a bar."""
+    lines = ["method               weight    n  success  95 % interval                return   length"]
+    lines[0] += "   - BC, paired       " * any("gain" in r for r in rows)
+    lines[0] += "   ms at 1  µs at 256    MFLOP" * any("mflop" in r for r in rows)
+    for r in rows:
+        bar = f"{'█' * round(10 * r['success']):░<10}"
+        line = "{method:19} {weight:7g} {n:4} {success:8.2f}  [{low:.2f}, {high:.2f}] {bar}"
+        line += " {ret:9.1f} {length:8.1f}"
+        line += "   {gain:+.2f} [{gain_low:+.2f}, {gain_high:+.2f}]" if "gain" in r else " " * 23
+        line += " {ms_1:9.2f} {us_256:10.1f} {mflop:8.1f}" if "mflop" in r else ""
+        lines.append(line.format(bar=bar, **r).rstrip())
     return lines
 
-def verdict(episodes):
-    """Yes, no or not shown: whether the success of the guided rows of `table` is beyond that of BC."""
-    wins = [[e.success for e in episodes if bool(e.weight) == guided] for guided in (False, True)]
-    bc, guided = (binomtest(sum(w), len(w)).proportion_ci(method="wilson") for w in wins)
-    if max(bc.low, guided.low) <= min(bc.high, guided.high):
-        return "not shown: the intervals touch"
-    return "yes, beyond both intervals" if guided.low > bc.high else "no, it harmed"
+def verdict(row):
+    """Whether a row of `summary` is better than BC, by the interval of its paired gain."""
+    shown = "yes" if row["gain_low"] > 0 else "no, it harmed" if row["gain_high"] < 0 else "not shown"
+    return "{}, {method} by {gain:+.2f} [{gain_low:+.2f}, {gain_high:+.2f}]".format(shown, **row)
 
 def best_weight(episodes):
     """The weight with the most successes; among equals that with the largest return, then the smallest."""
@@ -549,18 +679,21 @@ def best_weight(episodes):
     return max(sorted({e.weight for e in episodes}), key=score)
 
 def evaluate(nets, env_id, cfg):
-    """Choose w on episodes of its own, then compare it with BC on fresh ones. -> the Episodes of both"""
-    with simulators(env_id) as run:
-        jobs = [(w, CHOOSE + i) for w in cfg.weights for i in range(cfg.choose)]
-        choice = rollout(nets, run, jobs, cfg, "choosing w")
-        jobs = [(w, REPORT + i) for w in (0.0, best_weight(choice)) for i in range(cfg.episodes)]
-        return choice, rollout(nets, run, jobs, cfg, "reporting")
+    """For each method choose w, then run fresh episodes, the same for all. -> the Episodes of both"""
+    best = dict.fromkeys(("bc", *cfg.methods, *(["edp"] if cfg.edp else [])), 0.0)
+    guided = [m for m in best if method_of(m)[0]["method"] not in ("bc", "edp")]
+    with simulators(env_id) as groups:
+        jobs = [Job(m, w, CHOOSE + i) for m in guided for w in cfg.weights for i in range(cfg.choose)]
+        choice = rollout(nets, groups, jobs, cfg, "choosing w")
+        best |= {m: best_weight([e for e in choice if e.method == m]) for m in guided}
+        jobs = [Job(m, w, REPORT + i) for m, w in best.items() for i in range(cfg.episodes)]
+        return choice, rollout(nets, groups, jobs, cfg, "reporting")
 
 
-# ---- 8 Runs: a folder with config.json, checkpoint.npz, metrics.csv and episodes.csv -----------------------
-CHUNK = 100  # updates in a compiled call
+# ---- 8 Runs: a folder with config.json, checkpoint.npz, metrics.csv, episodes.csv and table.csv ------------
+CHUNK = 100  # updates in a compiled call; FREE: the settings that may change when a run goes on
 LOSSES = ("flow_loss", "critic_loss", "value_loss", "q", "v")
-FREE = ("out", "eval", "data", "collect", "updates", "weights", "choose", "episodes", "watch")  # may change
+FREE = "out eval table data collect updates methods weights choose episodes watch".split()
 
 def named_leaves(state):
     """The arrays of a State by names such as params/critic/0/w."""
@@ -589,7 +722,7 @@ def load_run(folder, given):
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
         record = json.loads(str(arrays["record"]))
-        cfg = Config(**record["config"] | dict(weights=()))  # a list in JSON
+        cfg = Config(**record["config"] | dict(weights=(), methods=()))  # lists in JSON
         sizes = record["s_dim"], record["a_dim"]
         state = jax.eval_shape(lambda: init_state(jax.random.PRNGKey(0), *sizes, cfg))
         for name, leaf in named_leaves(state).items():
@@ -604,6 +737,39 @@ def load_run(folder, given):
     if differ:
         raise UserError(f"{folder} holds a run with {' '.join(differ)}: ask for that, or another --out")
     return jax.tree.unflatten(jax.tree.structure(state), [arrays[k] for k in named_leaves(state)]), record
+
+def pooled(folder):
+    """All finished runs in a folder. -> lines of a Markdown table: success of each method, by environment
+
+    The mean over runs and its paired gain over BC have the bootstrap's 95 % interval: it draws runs (that is
+    environments and seeds of training), and then episodes of each.
+    """
+    wins, rng = {}, np.random.default_rng(0)  # wins[method][run][episode seed]: success
+    for path in sorted(Path(folder).glob("*/episodes.csv")):
+        with open(path) as file:
+            for r in csv.DictReader(file):
+                if r["purpose"] == "report":
+                    runs = wins.setdefault(r["method"], {})
+                    runs.setdefault(path.parent.name, {})[r["seed"]] = float(r["success"] == "True")
+    if "bc" not in wins:
+        raise UserError(f"no finished run in {folder}: each has its folder there, with an episodes.csv")
+
+    def interval(runs):  # a list of successes for each run -> text
+        some = [rng.integers(len(runs), size=len(runs)) for _ in range(1000)]
+        means = [np.mean([rng.choice(runs[i], len(runs[i])).mean() for i in draw]) for draw in some]
+        ends = np.percentile(means, (2.5, 97.5))
+        return f"{np.mean([np.mean(r) for r in runs]):.2f} [{ends[0]:.2f}, {ends[1]:.2f}]"
+
+    envs = sorted({run.rsplit("-s", 1)[0] for run in wins["bc"]})
+    lines = [["method", *envs, "all", "− bc, paired"], ["---"] * (len(envs) + 3)]
+    for method, runs in wins.items():
+        means = [[np.mean([*won.values()]) for run, won in runs.items() if run.rsplit("-s", 1)[0] == env]
+                 for env in envs]
+        gains = [[won[e] - wins["bc"][run][e] for e in won] for run, won in runs.items()]
+        lines.append([method, *(f"{np.mean(m):.2f}" if m else "" for m in means)])
+        lines[-1] += [interval([[*won.values()] for won in runs.values()]), interval(gains)]
+    n = [len(won) for won in wins["bc"].values()]
+    return [f"| {' | '.join(cells)} |" for cells in lines] + [f"\n{len(n)} runs, {sum(n)} episodes in a row"]
 
 @contextmanager
 def gentle_stop():
@@ -646,10 +812,11 @@ def fit(state, data, folder, record, cfg, env_id):
                 save_run(folder, state, metrics, record)
                 saved = time.monotonic()
             if time.monotonic() - looked > 60 * cfg.watch:
-                with simulators(env_id) as run:
-                    jobs = [(w, LOOK + i) for w in (0.0, *cfg.weights) for i in range(5)]
-                    look = rollout(acting_nets(state), run, jobs, cfg, "a look")
-                bar.write("\n".join([f"after {step} updates", *table(look)]))
+                with simulators(env_id) as groups:
+                    tried = [("bc", 0.0), *(("qgf", w) for w in cfg.weights)]
+                    jobs = [Job(*how, LOOK + i) for how in tried for i in range(5)]
+                    look = rollout(acting_nets(state), groups, jobs, cfg, "a look")
+                bar.write("\n".join([f"after {step} updates", *table(summary(look))]))
                 looked = time.monotonic()
         save_run(folder, state, metrics, record)
     if stop:
@@ -664,21 +831,25 @@ MINUTES = {"cube-single": 6, "cube-double": 50}  # from nothing to the table, on
 def parse(argv):
     """The options given on the command line, by field of Config."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], argument_default=argparse.SUPPRESS)
-    special = {bool: dict(action="store_true"), tuple: dict(type=float, nargs="+", metavar="W")}
     for f in fields(Config):
-        kind = special.get(f.type, dict(type=f.type, metavar="X"))
+        kind = dict(action="store_true") if f.type is bool else dict(type=f.type, metavar="X")
+        if f.type is tuple:
+            kind = dict(type=type(f.default[0]), nargs="+", metavar="X")
         help = f"{f.metadata['help']} [{f.default}]"
         parser.add_argument(f"--{f.name.replace('_', '-')}", help=help, **kind)
     given = vars(parser.parse_args(argv))
     for name, v in given.items():
-        low = 0 if name in ("seed", "collect") else 1e-9
+        low = 0 if name in ("seed", "collect", "edp") else 1e-9
         high = 1 if name in ("discount", "expectile", "target_rate") else math.inf
-        if not isinstance(v, str) and not low <= np.min(v) <= np.max(v) <= high:
+        text = name in ("env", "out", "table", "data", "methods")
+        if not text and not low <= np.min(v) <= np.max(v) <= high:
             raise UserError(f"--{name.replace('_', '-')} {v} is out of range")
     return given
 
 def run(given):
     """A whole run, from the given options to the table."""
+    if given.get("table"):
+        return print(*pooled(given["table"]), sep="\n")
     base, given["env"], env_id, dataset = find_task(given.get("env", Config.env))
     folder = Path(given.get("out", Config.out)) / f"{given['env']}-s{given.get('seed', Config.seed)}"
     settings, saved = asdict(Config()) | FAMILY.get(base, {}), (folder / "checkpoint.npz").exists()
@@ -688,6 +859,8 @@ def run(given):
     elif saved:
         state, record = load_run(folder, settings | given)
     cfg = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in (settings | given).items()})
+    if "edp" in [method_of(m)[0]["method"] for m in cfg.methods] and not cfg.edp:
+        raise UserError("edp is a policy of its own, which this run does not train: train one with --edp 100")
     print(f"qgf     {env_id}, seed {cfg.seed} -> {folder}")
     print(f"device  {jax.devices()[0].device_kind}, {CORES} CPU cores, jax {jax.__version__}")
     if not cfg.eval:
@@ -720,12 +893,16 @@ def run(given):
         sizes = ", ".join(f"{k} {sum(x.size for x in jax.tree.leaves(v)):,}" for k, v in state.params.items())
         print(f"nets    {sizes} parameters\nplan    updates {state.step} to {cfg.updates}", flush=True)
         state = fit(state, to_device(data, cfg.horizon), folder, record, cfg, env_id)
-    choice, report = evaluate(acting_nets(state), env_id, cfg)
-    rows = [("choose", *e) for e in choice] + [("report", *e) for e in report]
-    write_csv(folder / "episodes.csv", [("purpose", *Episode._fields), *rows])
-    print(f"\nto choose the weight, {cfg.choose} episodes each", *table(choice), sep="\n")
-    print(f"\n{cfg.env} after {state.step} updates, fresh episodes", *table(report), sep="\n")
-    print(f"did guidance help? {verdict(report)}\nsaved in {folder}")
+    nets = jax.device_put(acting_nets(state))
+    choice, report = evaluate(nets, env_id, cfg)
+    rows = summary(report, {m: cost(nets, m, cfg) for m in dict.fromkeys(e.method for e in report)})
+    episodes = [("choose", *e) for e in choice] + [("report", *e) for e in report]
+    write_csv(folder / "episodes.csv", [("purpose", *Episode._fields), *episodes])
+    columns = list(dict.fromkeys(k for r in rows for k in r))
+    write_csv(folder / "table.csv", [columns, *([r.get(k, "") for k in columns] for r in rows)])
+    print(f"\nto choose the weight, {cfg.choose} episodes each", *table(summary(choice)), sep="\n")
+    print(f"\n{cfg.env} after {state.step} updates, fresh episodes", *table(rows), sep="\n")
+    print("did guidance help?", *(verdict(r) for r in rows if "gain" in r), f"saved in {folder}", sep="\n")
 
 def main(argv=None):
     """The command line. -> exit status"""

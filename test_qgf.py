@@ -11,7 +11,9 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import gymnasium
@@ -21,6 +23,7 @@ import numpy as np
 import ogbench
 import pytest
 from scipy.integrate import quad, solve_ivp
+from scipy.stats import norm
 
 import qgf
 
@@ -144,6 +147,30 @@ def test_critic_and_value_loss_equal_a_numpy_loop():
     assert loss == pytest.approx(want, rel=1e-5)
 
 
+def test_edp_loss_equals_a_numpy_loop_and_leaves_the_others_alone():
+    cfg = replace(CFG, edp=3.0)
+    state, batch = some_state(cfg), batch_of()
+    s, a_1 = batch["observations"], batch["actions"]
+    assert_same(state.params["edp"], state.params["policy"])
+    loss = qgf.edp_loss(state.params["edp"], state.target, s, a_1, KEY, cfg)
+    a_0, a_t, t = (np.asarray(x, np.float64) for x in qgf.noisy_actions(a_1, KEY, cfg))
+    v = numpy_velocity(state.params["edp"], s, a_t, t)
+    q = numpy_q(state.target, s, np.clip(a_t + (1 - t) * v, -1, 1)).min(axis=0)
+    assert loss == pytest.approx(3 * np.mean((v - (np.asarray(a_1) - a_0)) ** 2) - q.mean(), rel=1e-4)
+    with_edp, _ = qgf.update(state, batch, KEY, cfg)
+    without, _ = qgf.update(some_state(), batch, KEY, CFG)
+    for name in ("policy", "critic", "value"):
+        jax.tree.map(
+            partial(np.testing.assert_allclose, atol=2e-5), with_edp.params[name], without.params[name]
+        )
+    grads = jax.grad(lambda p: qgf.edp_loss(p, state.target, s, a_1, KEY, cfg))(state.params["edp"])
+    moved = jax.tree.map(lambda a, b: a - b, with_edp.params["edp"], state.params["edp"])
+    for g, d in zip(
+        jax.tree.leaves(grads), jax.tree.leaves(moved)
+    ):  # Adam's first step is -lr g / (|g| + 1e-8)
+        np.testing.assert_allclose(d, -CFG.lr * g / (abs(g) + 1e-8), atol=2e-5)
+
+
 def test_each_loss_reaches_its_own_network_alone():
     state, batch = some_state(), batch_of()
     g = jax.grad(lambda p: qgf.critic_loss(p["critic"], p["value"], batch, CFG)[0])(state.params)
@@ -240,8 +267,9 @@ def test_vmapped_seeds_differ_and_equal_single_runs():
         )
 
 
-def test_a_toy_bandit_is_solved():
-    """Actions are near (-.6, 0) or, one time in five, the better (.6, 0). BC imitates, QGF improves."""
+@pytest.fixture(scope="session")
+def toy():
+    """Nets for a bandit: actions near (-.6, 0) or, one time in five, the better (.6, 0); Q is the first number."""
     rng, n = np.random.default_rng(0), 4000
     good = rng.random(n) < 0.2
     actions = np.where(good[:, None], [0.6, 0], [-0.6, 0]) + rng.normal(0, 0.1, (n, 2))
@@ -252,16 +280,56 @@ def test_a_toy_bandit_is_solved():
         masks=np.zeros(n, np.float32),
         ends=np.arange(n) | 1,
     )
-    cfg = qgf.Config(width=64, depth=2, horizon=1)
+    cfg = qgf.Config(width=64, depth=2, horizon=1, edp=0.2)
     state, info = qgf.train(qgf.init_state(KEY, 1, 2, cfg), qgf.to_device(data, 1), 1500, cfg)
     assert info["flow_loss"][-100:].mean() < info["flow_loss"][:20].mean()
-    assert info["critic_loss"][-100:].mean() < 0.01  # Q(a) is the reward, which is the first action
-    nets, noise = qgf.acting_nets(state), jax.random.normal(KEY, (500, 1, 2))
-    bc, guided = (qgf.sample_actions(nets, jnp.zeros((500, 1)), noise, w)[:, 0] for w in (0.0, 10.0))
-    assert 0.1 < (bc > 0).mean() < 0.35  # a fifth, as in the data
-    assert (guided > 0).mean() > 0.9
-    best = qgf.sample_actions(nets, jnp.zeros((100, 1)), jax.random.normal(KEY, (100, 32, 2)), 0.0)
-    assert (best[:, 0] > 0).mean() > 0.95  # best of 32
+    assert info["critic_loss"][-100:].mean() < 0.01
+    return qgf.acting_nets(state)
+
+
+def test_a_toy_bandit_is_solved(toy):
+    def good(N, *how):
+        a = qgf.sample_actions(toy, jnp.zeros((500, 1)), jax.random.normal(KEY, (500, N, 2)), *how)
+        return (a[:, 0] > 0).mean()
+
+    assert 0.1 < good(1, 0.0) < 0.35  # a fifth, as in the data
+    assert good(1, 10.0) > 0.9 and good(32, 0.0) > 0.95  # QGF; best of 32
+    assert good(1, 0.0, "edp") > 0.9  # trained towards Q
+
+
+def diagnose(nets, s, a_0, T, steps, nudge=0.1):
+    """At these steps of the unguided flow, for each estimator: its mean cosine with BPTT's gradient, its
+    relative change under a little noise on a_t, and how often a nudge along it raises Q̄ at the flow's end."""
+    found, noise = {}, 0.01 * jax.random.normal(KEY, a_0.shape)
+    names = ("bptt", "qgf", "qgf-jacobian", "qgf-chain", "qfql")
+    estimators = {name: jax.jit(partial(qgf.GUIDANCE[name], nets, T=T)) for name in names}
+    end, velocity = jax.jit(partial(qgf.integrate, nets, T=T)), partial(qgf.velocity, nets["policy"])
+    for i in range(T):
+        t = jnp.full((len(a_0), 1), i / T)
+        a_t = a_0 if i == 0 else a_t + velocity(s, a_t, t - 1 / T) / T
+        for name in names if i in steps else ():
+            g, moved = (estimators[name](s, a, t, velocity(s, a, t)) for a in (a_t, a_t + noise))
+            length, change = (jnp.linalg.norm(x, axis=1, keepdims=True) for x in (g, moved - g))
+            true = g / length if name == "bptt" else true
+            rises = [qgf.q_min(nets["critic"], s, end(s, a, t)) for a in (a_t, a_t + nudge * g / length)]
+            cosine = (g / length * true).sum(axis=1).mean()
+            found[name, i] = (
+                float(cosine),
+                float(jnp.median(change / length)),
+                float((rises[1] > rises[0]).mean()),
+            )
+    return found
+
+
+def test_the_gradients_point_the_right_way(toy):
+    found = diagnose(toy, jnp.zeros((200, 1)), jax.random.normal(KEY, (200, 2)), 10, steps=(0, 5, 9))
+    for i in (0, 5, 9):
+        for name in ("bptt", "qgf", "qgf-chain", "qfql"):
+            assert found[name, i][0] > 0.5 and found[name, i][2] > 0.75, (name, i)
+        # without the Jacobian the direction is steadier, which is why QGF leaves it out (the paper's Figure 3)
+        assert found["qgf", i][1] < found["qgf-jacobian", i][1]
+    assert found["qgf-jacobian", 0][0] < found["qgf", 0][0]  # at pure noise ∂â_1/∂a_t says nothing of value
+    assert found["qgf-jacobian", 9][0] > 0.999  # with one step left, it is BPTT
 
 
 # ---- guidance --------------------------------------------------------------------------------------------
@@ -273,11 +341,14 @@ def sampling(B=6, N=1, seed=3):
     return qgf.acting_nets(some_state()), jnp.float32(s), jnp.float32(a_0)
 
 
+sample = partial(qgf.sample_actions, denoise_steps=5)
+
+
 def test_qgf_gradient_equals_finite_differences_at_the_clean_estimate():
     nets, s, a_0 = sampling()
     a_t, t = a_0[:, 0], jnp.full((6, 1), 0.4)
     v = qgf.velocity(nets["policy"], s, a_t, t)
-    g = qgf.qgf(nets, s, a_t, t, v)
+    g = qgf.qgf(nets, s, a_t, t, v, 5)
     clean = np.clip(np.asarray(a_t, np.float64) + 0.6 * np.asarray(v), -1, 1)
     assert (abs(clean) == 1).any()  # also where the estimate was clipped, the gradient is Q's there
     for d in range(a_t.shape[1]):
@@ -292,69 +363,179 @@ def test_a_small_guided_step_raises_q_of_the_clean_estimate_by_its_squared_gradi
         tt = jnp.full((50, 1), t)
         v = qgf.velocity(nets["policy"], s, a_0[:, 0], tt)
         a_1 = jnp.clip(a_0[:, 0] + (1 - t) * v, -1, 1)
-        g = qgf.qgf(nets, s, a_0[:, 0], tt, v)
-        gain = qgf.q_min(nets, s, a_1 + 0.01 * g) - qgf.q_min(nets, s, a_1)
+        g = qgf.qgf(nets, s, a_0[:, 0], tt, v, 10)
+        q = partial(qgf.q_min, nets["critic"], s)
+        gain = q(a_1 + 0.01 * g) - q(a_1)
         assert (gain > 0).mean() > 0.9  # the smaller of two critics has kinks
         assert float(gain.sum()) == pytest.approx(float(0.01 * (g**2).sum()), rel=0.1)
 
 
 def test_no_weight_is_bc_exactly_and_each_row_has_its_own_weight():
     nets, s, a_0 = sampling()
-    bc = qgf.sample_actions(nets, s, a_0, 1.0, "bc", 5)
-    np.testing.assert_array_equal(qgf.sample_actions(nets, s, a_0, 0.0, "qgf", 5), bc)
+    bc = sample(nets, s, a_0, 1.0, "bc")
+    np.testing.assert_array_equal(sample(nets, s, a_0, 0.0), bc)
     weights = jnp.array([0.0, 0.1, 0.5, 1.0, 2.0, 5.0])
-    rows = qgf.sample_actions(nets, s, a_0, weights, "qgf", 5)
+    rows = sample(nets, s, a_0, weights)
     for i, w in enumerate(weights):
-        np.testing.assert_array_equal(rows[i], qgf.sample_actions(nets, s, a_0, w, "qgf", 5)[i])
+        np.testing.assert_array_equal(rows[i], sample(nets, s, a_0, w)[i])
     assert (rows[1:] != bc[1:]).any(axis=1).all()
     compiled = qgf.sample_actions._cache_size()
-    qgf.sample_actions(nets, s, a_0, 0.123, "qgf", 5)
+    sample(nets, s, a_0, 0.123)
     assert qgf.sample_actions._cache_size() == compiled  # another weight compiles nothing
 
 
-def test_the_sampler_equals_a_plain_loop_and_best_of_n_takes_the_largest_q():
-    nets, s, a_0 = sampling(N=4)
+def numpy_end(nets, s, a, t, T=5):
+    """The unguided flow from a at t, in float64 numpy."""
+    a = np.asarray(a, np.float64)
+    for i in range(round(t * T), T):
+        a = a + numpy_velocity(nets["policy"], s, a, np.full(len(a), i / T)) / T
+    return np.clip(a, -1, 1)
+
+
+def test_estimators_equal_finite_differences_of_what_they_are_the_gradient_of():
+    nets, s, a_0 = sampling()
+    a_t, t = 0.5 * a_0[:, 0], 0.4  # some clean actions are clipped, most are not
+    tt = jnp.full((6, 1), t)
+    v = qgf.velocity(nets["policy"], s, a_t, tt)
+
+    def q(a):
+        return numpy_q(nets["critic"], s, a).min(axis=0)
+
+    def clean(a):
+        return np.clip(a + (1 - t) * numpy_velocity(nets["policy"], s, a, np.full(6, t)), -1, 1)
+
+    a = np.asarray(a_t, np.float64)
+    end = numpy_end(nets, s, a, t)
+    assert (abs(end) == 1).any() and (abs(end) < 1).mean() > 0.5
+    np.testing.assert_allclose(qgf.integrate(nets, s, a_t, tt, 5), end, atol=1e-4)
+    for name, at, f in [
+        ("qfql", a, q),
+        ("qgf-jacobian", a, lambda a: q(clean(a))),
+        ("qgf-chain", end, q),
+        ("bptt", a, lambda a: q(numpy_end(nets, s, a, t))),
+    ]:
+        g = qgf.GUIDANCE[name](nets, s, a_t, tt, v, 5)
+        for d in range(a.shape[1]):
+            e = 1e-5 * np.eye(a.shape[1])[d]
+            np.testing.assert_allclose(g[:, d], (f(at + e) - f(at - e)) / 2e-5, rtol=2e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", [m for m in qgf.GUIDANCE if m != "edp"])
+def test_every_method_is_its_plain_loop_and_best_of_2(method):
+    nets, s, a_0 = sampling(N=2)
+    schedule = "score" if "qgf" in method else "constant"
+    estimate = jax.jit(partial(qgf.GUIDANCE[method], nets, T=5))
     candidates = []
-    for n in range(4):
+    for n in range(2):
         a = a_0[:, n]
         for i in range(5):
-            t = jnp.full((6, 1), i / 5)
+            t, middle = jnp.full((6, 1), i / 5), (i + 0.5) / 5
             v = qgf.velocity(nets["policy"], s, a, t)
-            a = a + (v + 0.3 * qgf.qgf(nets, s, a, t, v)) / 5
-        candidates.append(jnp.clip(a, -1, 1))
-        got = qgf.sample_actions(nets, s, a_0[:, n : n + 1], 0.3, "qgf", 5)
-        np.testing.assert_allclose(got, candidates[-1], atol=1e-4)
-    best = np.argmax([qgf.q_min(nets, s, a) for a in candidates], axis=0)
-    assert len(set(best.tolist())) > 1
-    want = np.array(candidates)[best, np.arange(6)]
-    np.testing.assert_allclose(qgf.sample_actions(nets, s, a_0, 0.3, "qgf", 5), want, atol=1e-4)
+            c = (1 - middle) / middle if schedule == "score" else 1
+            a = a + (v + 0.1 * c * estimate(s, a, t, v)) / 5
+        a = np.clip(a, -1, 1)
+        for _ in range(qgf.ASCENTS if method == "gradstep" else 0):
+            a = np.clip(a + 0.1 * qgf.qfql(nets, s, a, t, v, 5), -1, 1)
+        candidates.append(a)
+    best = np.argmax([qgf.q_min(nets["critic"], s, a) for a in candidates], axis=0)
+    assert 0 < best.sum() < 6  # either candidate is the better one somewhere
+    got = sample(nets, s, a_0, 0.1, method, schedule)
+    np.testing.assert_allclose(got, np.array(candidates)[best, np.arange(6)], atol=1e-4)
+    if method != "bc":
+        assert (abs(got - sample(nets, s, a_0, 0.0)).max(axis=1) > 1e-3).all()
 
 
-@pytest.mark.parametrize("critic", ["linear", "quadratic"])
-def test_guided_samples_of_a_gaussian_land_where_the_ode_says(monkeypatch, critic):
-    """The reference is N(μ, σ²) with its exact velocity; da/dt = v + w ∇Q(â_1) is then linear."""
-    mu, sigma, w, k, target = 0.1, 0.2, 0.15, 2.0, 0.4
-    monkeypatch.setattr(qgf, "velocity", gaussian_velocity(mu, sigma))
-    if critic == "linear":  # a_1 = μ + σ a_0 + w σ ∫ dt / sqrt((1-t)² + t²σ²), an integral in closed form
-        monkeypatch.setattr(qgf, "q_values", lambda c, s, a: jnp.stack([a[:, 0], a[:, 0] + 1]))
-        integral = (math.asinh(sigma) + math.asinh(1 / sigma)) / math.sqrt(1 + sigma**2)
-        assert integral == pytest.approx(quad(lambda t: ((1 - t) ** 2 + (t * sigma) ** 2) ** -0.5, 0, 1)[0])
-        want = lambda a_0: mu + sigma * a_0 + w * sigma * integral  # noqa: E731
-    else:
-        monkeypatch.setattr(
-            qgf, "q_values", lambda c, s, a: -k / 2 * jnp.stack([(a[:, 0] - target) ** 2] * 2)
-        )
+# ---- closed forms: the reference is N(μ, σ²) with its exact velocity, and guided flows are linear ODEs ---
 
-        def slope(t, a):
-            d = (1 - t) ** 2 + (t * sigma) ** 2
-            clean = mu + t * sigma**2 / d * (a - t * mu)  # the posterior mean E[a_1 | a_t]
-            return (clean - a) / (1 - t) + w * k * (target - clean)
 
-        want = lambda a_0: solve_ivp(slope, (0, 1 - 1e-9), [a_0], rtol=1e-8, atol=1e-10).y[0, -1]  # noqa: E731
-    a_0 = jnp.linspace(-2, 2, 9)[:, None, None]
-    nets = dict(policy=None, critic=None)
-    got = qgf.sample_actions.__wrapped__(nets, jnp.zeros((9, 1)), a_0, w, "qgf", 2000)
-    np.testing.assert_allclose(got[:, 0], [want(float(x)) for x in a_0.ravel()], atol=2e-3)
+def guided(monkeypatch, q, velocity, w, a_0, method="qgf", schedule="constant", T=2000):
+    """Samples from these rows of noise, where the critic is q and the flow has this velocity."""
+    monkeypatch.setattr(qgf, "velocity", velocity)
+    monkeypatch.setattr(qgf, "q_values", lambda critic, s, a: jnp.stack([q(a[:, 0]), q(a[:, 0]) + 1]))
+    nets, a_0 = dict(policy=None, critic=None), jnp.asarray(a_0)[:, None, None]
+    run = jax.jit(
+        partial(qgf.sample_actions.__wrapped__, method=method, schedule=schedule, denoise_steps=T)
+    )
+    return np.asarray(run(nets, jnp.zeros((len(a_0), 1)), a_0, w))[:, 0]
+
+
+def test_with_the_jacobian_and_the_score_schedule_guidance_is_exact_for_a_linear_critic(monkeypatch):
+    """The tilted Gaussian is N(μ + w σ² g, σ²); QGF, without both, shifts by w σ ∫ dt / sqrt((1-t)² + t²σ²)."""
+    mu, sigma, w, g, a_0 = 0.3, 0.7, 0.5, 1.0, np.array([-0.2, 0.0, 0.2])
+    got = guided(
+        monkeypatch, lambda a: g * a, gaussian_velocity(mu, sigma), w, a_0, "qgf-jacobian", "score"
+    )
+    np.testing.assert_allclose(
+        got, mu + w * sigma**2 * g + sigma * a_0, atol=2e-3
+    )  # mean .545, deviation σ
+    got = guided(monkeypatch, lambda a: g * a, gaussian_velocity(mu, sigma), w, a_0)
+    integral = (math.asinh(sigma) + math.asinh(1 / sigma)) / math.sqrt(1 + sigma**2)
+    assert integral == pytest.approx(quad(lambda t: ((1 - t) ** 2 + (t * sigma) ** 2) ** -0.5, 0, 1)[0])
+    np.testing.assert_allclose(got, mu + w * sigma * g * integral + sigma * a_0, atol=2e-3)
+    assert mu + w * sigma * g * integral == pytest.approx(0.818, abs=1e-3)
+    t = np.linspace(0, 0.5, 99)  # at σ = 1 the exact coefficient is close to QGF's, 1, until half-way
+    exact = (1 - t) / ((1 - t) ** 2 + t**2)
+    assert exact.min() >= 1 and exact.max() < 1.21
+
+
+@pytest.mark.parametrize("method", ["qgf", "qgf-jacobian", "qgf-chain", "bptt", "qfql"])
+def test_guided_samples_of_a_gaussian_land_where_each_methods_ode_says(monkeypatch, method):
+    mu, sigma, w, k, aim, a_0 = 0.1, 0.2, 0.3, 2.0, 0.4, np.linspace(-2, 2, 9)
+
+    def slope(t, a):
+        d = (1 - t) ** 2 + (t * sigma) ** 2
+        clean = mu + t * sigma**2 / d * (a - t * mu)  # the posterior mean E[a_1 | a_t], with J = t σ² / d
+        end = mu + sigma / math.sqrt(d) * (a - t * mu)  # the flow's own end
+        push = {
+            "qgf": aim - clean,
+            "qgf-jacobian": t * sigma**2 / d * (aim - clean),
+            "qgf-chain": aim - end,
+            "bptt": sigma / math.sqrt(d) * (aim - end),
+            "qfql": aim - a,
+        }
+        return (clean - a) / (1 - t) + w * k * push[method]
+
+    want = [solve_ivp(slope, (0, 1 - 1e-9), [a], rtol=1e-8, atol=1e-10).y[0, -1] for a in a_0]
+    T = 300 if method in ("bptt", "qgf-chain") else 2000
+    critic, flow = lambda a: -k / 2 * (a - aim) ** 2, gaussian_velocity(mu, sigma)
+    got = guided(monkeypatch, critic, flow, w, a_0, method, T=T)
+    np.testing.assert_allclose(got, want, atol=4 / T + 1e-3)
+    assert abs(got - (mu + sigma * a_0)).max() > 0.01
+
+
+def test_gradstep_climbs_from_the_flows_end(monkeypatch):
+    mu, sigma, w, k, aim, a_0 = 0.1, 0.2, 0.1, 2.0, 0.4, np.linspace(-2, 2, 9)
+    critic, flow = lambda a: -k / 2 * (a - aim) ** 2, gaussian_velocity(mu, sigma)
+    got = guided(monkeypatch, critic, flow, w, a_0, "gradstep")
+    np.testing.assert_allclose(got, aim + (1 - w * k) ** qgf.ASCENTS * (mu + sigma * a_0 - aim), atol=2e-3)
+
+
+def test_on_two_modes_exact_guidance_moves_mass_and_dropping_the_jacobian_moves_the_modes(monkeypatch):
+    """½ N(-m, σ²) + ½ N(m, σ²) tilted by exp(w a): the right mode gets 1/(1 + exp(-2wm)), and shifts by w σ².
+
+    Where a_t lies between the modes J is large, and once it is decided J is small. With J := 1, QGF goes on
+    pushing what is decided: the mode shifts by about w σ ∫ dt / sqrt((1-t)² + t²σ²), of order w σ, not w σ².
+    """
+    m, sigma, w, n = 0.5, 0.05, 0.3, 4001
+    a_0 = norm.ppf((np.arange(n) + 0.5) / n)
+
+    def two_modes(policy, s, a_t, t):
+        right = jax.nn.sigmoid(2 * t * m * a_t / ((1 - t) ** 2 + (t * sigma) ** 2))  # P(right mode | a_t)
+        velocities = [gaussian_velocity(mode, sigma)(policy, s, a_t, t) for mode in (m, -m)]
+        return right * velocities[0] + (1 - right) * velocities[1]
+
+    def moved(*how):
+        got = guided(monkeypatch, lambda a: a, two_modes, how[0], a_0, *how[1:], T=1000)
+        return (got > 0).mean(), np.median(got[got > 0]) - m
+
+    mass, shift = moved(0.0, "bc")
+    assert abs(mass - 0.5) < 1e-3 and abs(shift) < 1e-3
+    mass, shift = moved(w, "qgf-jacobian", "score")
+    assert mass == pytest.approx(1 / (1 + math.exp(-2 * w * m)), abs=1e-3) and 0 < shift < 2 * w * sigma**2
+    integral = quad(lambda t: ((1 - t) ** 2 + (t * sigma) ** 2) ** -0.5, 0, 1)[0]
+    mass, shift = moved(w, "qgf")
+    assert shift == pytest.approx(w * sigma * integral, rel=0.2) and shift > 30 * w * sigma**2
+    assert mass > 0.6  # more mass changes sides, too: for little w, less weight would do
 
 
 # ---- names, tables, episodes -----------------------------------------------------------------------------
@@ -373,37 +554,71 @@ def test_names_of_tasks():
     assert qgf.find_task("antmaze-large")[3] == "antmaze-large-navigate-v0"
 
 
-def test_table_and_choice_of_the_weight():
-    wins = [(0.3, 8), (0.1, 8), (0.03, 5)]
-    episodes = [qgf.Episode("qgf", w, i, i < n, -10.0 * w, 100) for w, n in wins for i in range(10)]
+def episodes_of(method, weight, wins, n=50):
+    return [qgf.Episode(method, weight, i, i < wins, -10.0 * weight, 100) for i in range(n)]
+
+
+def test_choice_of_the_weight():
+    episodes = [e for w, n in [(0.3, 8), (0.1, 8), (0.03, 5)] for e in episodes_of("qgf", w, n)]
     assert qgf.best_weight(episodes) == 0.1  # as many successes as 0.3, and the larger return
-    row = qgf.table(episodes)[2]
-    assert (
-        row.split()[:4] == ["qgf", "0.1", "10", "0.80"] and "[0.49, 0.94]" in row
-    )  # Wilson's, for 8 of 10
 
-    def verdict(bc, guided):
-        pair = [("bc", 0.0, bc), ("qgf", 0.1, guided)]
-        return qgf.verdict([qgf.Episode(m, w, i, i < n, 0.0, 1) for m, w, n in pair for i in range(50)])
 
-    assert (
-        verdict(3, 40).startswith("yes")
-        and verdict(40, 3).startswith("no,")
-        and "not shown" in verdict(20, 25)
+def test_summary_and_table_have_wilsons_interval_and_the_paired_gain():
+    bc, guided = episodes_of("bc", 0.0, 10), episodes_of("qgf", 0.1, 40)
+    row = qgf.summary(bc + guided, dict(qgf=dict(ms_1=1.0, us_256=2.0, mflop=3.0)))[1]
+    z, p, n = 1.959964, 0.8, 50
+    centre, half = p + z * z / 2 / n, z * math.sqrt(p * (1 - p) / n + z * z / 4 / n / n)
+    assert (row["low"], row["high"]) == pytest.approx(
+        ((centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)), abs=1e-4
     )
+    assert row["gain"] == pytest.approx(0.6)  # on 30 of 50 seeds it won where BC lost
+    spread = z * math.sqrt(
+        0.6 * 0.4 / 50
+    )  # the bootstrap's is about the normal one of 30 ones and 20 zeros
+    assert (row["gain_low"], row["gain_high"]) == pytest.approx((0.6 - spread, 0.6 + spread), abs=0.03)
+    assert qgf.verdict(row).startswith("yes, qgf by +0.60")
+    for a, b, words in [(40, 3, "no, it harmed, qgf"), (20, 21, "not shown, qgf")]:
+        rows = qgf.summary(episodes_of("bc", 0.0, a) + episodes_of("qgf", 0.1, b))
+        assert qgf.verdict(rows[1]).startswith(words)
+    lines = qgf.table(qgf.summary(bc + guided))
+    assert lines[2].split()[:4] == ["qgf", "0.1", "50", "0.80"] and "+0.60 [+0." in lines[2]
+
+
+def test_names_of_methods():
+    assert qgf.method_of("bc") == (dict(method="bc", schedule="constant"), 1)
+    assert qgf.method_of("qgf-jacobian+score@16") == (dict(method="qgf-jacobian", schedule="score"), 16)
+    for wrong in ("best", "qgf@0", "qgf@", "qgf+linear", ""):
+        with pytest.raises(qgf.UserError, match="unknown method"):
+            qgf.method_of(wrong)
+
+
+def test_operations_are_those_that_run():
+    nets, s, a_0 = sampling(B=1)
+    policy = 2 * sum(layer["w"].size for layer in nets["policy"])
+    critic = 2 * sum(layer["w"].size for layer in nets["critic"])  # both
+
+    def count(method, N=1):
+        f = partial(qgf.sample_actions, method=method, denoise_steps=5)
+        return qgf.operations(jax.make_jaxpr(f)(nets, s, jnp.repeat(a_0, N, axis=1), 0.1), 5)
+
+    assert count("bc") == 5 * policy and count("bc", 4) == 4 * (5 * policy + critic)
+    assert count("qgf") == count("qfql") == 5 * policy + 10 * critic  # forward, and back to the actions
+    assert count("gradstep") == 5 * policy + 2 * qgf.ASCENTS * critic
+    assert count("qgf-chain") == (5 + 5 + 4 + 3 + 2 + 1) * policy + 10 * critic
+    # through the flow: forward and back, but for the first layer's products with state and time
+    assert count("qgf") + 5 * 2 * policy >= count("qgf-jacobian") > count("qgf") + 5 * policy
+    assert count("qgf-chain") + 15 * policy >= count("bptt") > count("qgf-chain")
 
 
 def test_rollout_runs_every_job_once_and_pairs_rows_by_seed(monkeypatch):
-    nets = sampling()[0]
-    noises = {}
+    nets, noises, groups = sampling()[0], {}, []
 
-    def fake_actions(nets, obs, noise, weights, method, steps):
-        return noise[:, 0]
+    def fake_actions(nets, obs, noise, weights, method, schedule, denoise_steps):
+        return noise[:, -1] + (method == "bc")
 
     monkeypatch.setattr(qgf, "sample_actions", fake_actions)
-    now = {}
 
-    def run(commands):
+    def group(now, commands):
         replies = []
         for i, c in enumerate(commands):
             if isinstance(c, int):
@@ -417,17 +632,29 @@ def test_rollout_runs_every_job_once_and_pairs_rows_by_seed(monkeypatch):
                 noises.setdefault((seed, k), []).append(c.copy())
                 done = k == seed % 3
                 replies.append((np.full(S, c[0, 0]), [-1.0] * (1 if done else 3), done, seed % 2 == 0))
-        return replies
+        future = Future()
+        future.set_result(replies)
+        return future
 
-    jobs = [(w, seed) for w in (0.0, 0.5, 1.0) for seed in range(7)]
-    episodes = qgf.rollout(nets, run, jobs, CFG, "test")
-    assert [(e.weight, e.seed) for e in episodes] == jobs
-    assert all(
-        e.method == ("qgf" if e.weight else "bc") and e.success == (e.seed % 2 == 0) for e in episodes
-    )
+    groups = [partial(group, {}) for _ in range(3)]
+    jobs = [qgf.Job(m, w, seed) for m, w in (("qgf", 0.5), ("bc", 0.0), ("qgf", 1.0)) for seed in range(7)]
+    episodes = qgf.rollout(nets, groups, jobs, CFG, "test")
+    assert [e[:3] for e in episodes] == jobs  # each once, in order
+    assert all(e.success == (e.seed % 2 == 0) for e in episodes)
     assert all(e.length == 3 * (e.seed % 3) + 1 and e.ret == -e.length for e in episodes)
-    assert all(len(v) == 3 and (v[0] == v[1]).all() and (v[0] == v[2]).all() for v in noises.values())
+    for v in noises.values():  # the same noise for each weight and method, which are not mixed up
+        low, same, high = sorted(v, key=lambda x: x[0, 0])
+        assert (low == same).all() and np.allclose(high, low + 1)
     assert len({v[0].tobytes() for v in noises.values()}) == len(noises)  # and no noise is used twice
+
+
+def test_a_row_of_actions_does_not_depend_on_its_place_in_the_batch():
+    """What makes an evaluation repeatable, though its groups run at their own pace."""
+    nets, s, a_0 = sampling(B=4)
+    rows = sample(nets, s, a_0, 0.3)
+    order = np.array([2, 0, 3, 1])
+    np.testing.assert_array_equal(sample(nets, s[order], a_0[order], 0.3), rows[order])
+    np.testing.assert_array_equal(sample(nets, s.at[1:].set(7.0), a_0, 0.3)[0], rows[0])
 
 
 # ---- data ------------------------------------------------------------------------------------------------
@@ -575,8 +802,8 @@ def test_collected_data_has_the_form_of_ogbenchs(home):
     )  # same row
 
 
-def test_a_real_run_from_the_command_line(home):
-    p = start(home, "--updates", "300", "--out", "real")
+def test_a_real_run_from_the_command_line(home, capsys):
+    p = start(home, "--updates", "300", "--out", "real", "--edp", "10", "--methods", "qgf", "bptt+score@2")
     out, err = p.communicate(timeout=170)
     assert p.returncode == 0, err
     for words in (
@@ -585,19 +812,26 @@ def test_a_real_run_from_the_command_line(home):
         "rewards -1 to",
         "parameters",
         "fresh episodes",
-        "bc ",
-        "qgf ",
         "did guidance help?",
         "saved in real/cube-single-s0",
     ):
         assert words in out, (words, out)
+    assert [line.split()[0] for line in out.splitlines() if "░" in line] == [
+        *("qgf", "bptt+score@2"),  # to choose their weights
+        *("bc", "qgf", "bptt+score@2", "edp"),
+    ]
     folder = home / "real/cube-single-s0"
-    rows = (folder / "episodes.csv").read_text().splitlines()
-    assert rows[0] == "purpose,method,weight,seed,success,ret,length" and len(rows) == 1 + 1 + 4
-    assert {r.split(",")[3] for r in rows[2:4]} == {r.split(",")[3] for r in rows[4:6]}  # paired seeds
-    assert not {r.split(",")[3] for r in rows[1:2]} & {
-        r.split(",")[3] for r in rows[2:]
-    }  # chosen on others
+    rows = [line.split(",") for line in (folder / "episodes.csv").read_text().splitlines()]
+    assert rows[0] == "purpose,method,weight,seed,success,ret,length".split(",") and len(rows) == 1 + 2 + 8
+    assert all(
+        {row[3] for row in rows[i : i + 2]} == {row[3] for row in rows[3:5]} for i in (5, 7, 9)
+    )  # paired
+    assert not {row[3] for row in rows[1:3]} & {row[3] for row in rows[3:]}  # chosen on others
+    table = np.genfromtxt(folder / "table.csv", delimiter=",", names=True, dtype=None, encoding=None)
+    assert table["mflop"][2] > 10 * table["mflop"][0] > 0 and (table["ms_1"] > 0).all()
+    assert qgf.main(["--table", str(home / "real")]) == 0
+    pooled = capsys.readouterr().out
+    assert "| cube-single |" in pooled and "| bptt+score@2 |" in pooled and "1 runs, 2 episodes" in pooled
     record = json.loads((folder / "config.json").read_text())
     assert record["config"]["width"] == 16 and "jax" in record["versions"]
     assert "play policies" in record["data"]
@@ -653,6 +887,9 @@ def main(home, *args):
         (["--width", "32"], "holds a run with --width 16"),
         (["--eval", "--width", "32"], "holds a run with --width 16"),
         (["--eval", "--seed", "7"], "train first, without --eval"),
+        (["--methods", "qgf", "best"], "unknown method 'best'"),
+        (["--methods", "edp@4"], "train one with --edp"),
+        (["--table", "nowhere"], "no finished run in nowhere"),
         (
             ["--env", "antmaze-large-navigate-singletask-v0"],
             "no scripted policy makes antmaze-large-navigate-v0",
