@@ -21,7 +21,8 @@ keep it. Left out, because they would hide it: pixels, online fine-tuning, other
 import argparse, csv, difflib, errno, hashlib, http.client, json, math, os, platform, re  # noqa: E401
 import shutil, signal, sys, threading, time, urllib.request, warnings  # noqa: E401
 from collections import namedtuple
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, process, wait
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache, partial
@@ -62,6 +63,8 @@ class Config:
     discount: float = option(0.99, "γ, per environment step")
     expectile: float = option(0.9, "τ of V: .5 is the mean over the data's actions, 1 the maximum")
     target_rate: float = option(0.005, "rate of the critic's Polyak average, per update")
+    goal: str = option("", "no rewards, but goals, given as OGBench's `oracle` does, or as a whole `state`")
+    goal_flow: bool = option(False, "with --goal, let the flow see the goal, too, not the critic alone")
     edp: float = option(0.0, "α of EDP; above 0, a second policy is trained by it, the train-time twin")
     # networks and optimiser
     width: int = option(256, "units in a hidden layer")
@@ -111,6 +114,7 @@ def time_embedding(t):
 
 def velocity(policy, s, a_t, t):
     """The flow v_θ(s, a_t, t): s (B, S), a_t (B, H*A), t (B, 1) -> (B, H*A)."""
+    s = s[:, : len(policy[0]["w"]) - a_t.shape[-1] - 16]  # all of s, or without the goal at its end
     return mlp(policy, jnp.concatenate([s, a_t, time_embedding(t)], axis=-1))
 
 def clean_estimate(a_t, t, v):
@@ -129,13 +133,16 @@ def value(layers, s):
     """V(s): s (B, S) -> (B,)."""
     return mlp(layers, s)[..., 0]
 
-def init_params(key, s_dim, a_dim, cfg):
-    """Fresh parameters for states of size s_dim and actions of size a_dim: dict(policy, critic, value)."""
+def init_params(key, s_dim, a_dim, cfg, unseen=0):
+    """Fresh parameters for states of size s_dim and actions of size a_dim: dict(policy, critic, value).
+
+    The policy does not see the last `unseen` numbers of a state, its goal.
+    """
     key_policy, key_critic, key_value = jax.random.split(key, 3)
     hidden, chunk = [cfg.width] * cfg.depth, cfg.horizon * a_dim
     lecun = jax.nn.initializers.lecun_normal()
     params = dict(
-        policy=init_mlp(key_policy, [s_dim + chunk + 16, *hidden, chunk], norm_last=False, out_init=lecun),
+        policy=init_mlp(key_policy, [s_dim - unseen + chunk + 16, *hidden, chunk], False, lecun),
         critic=jax.vmap(lambda k: init_mlp(k, [s_dim + chunk, *hidden, 1]))(jax.random.split(key_critic, 2)),
         value=init_mlp(key_value, [s_dim, *hidden, 1]),
     )
@@ -192,11 +199,11 @@ class State(NamedTuple):
     key: jax.Array  # the run's; update i uses fold_in(key, i), however updates are grouped into calls
     step: jax.Array  # updates made
 
-@partial(jax.jit, static_argnames=("s_dim", "a_dim", "cfg"))
-def init_state(key, s_dim, a_dim, cfg):
+@partial(jax.jit, static_argnames=("s_dim", "a_dim", "cfg", "unseen"))
+def init_state(key, s_dim, a_dim, cfg, unseen=0):
     """The State before the first update."""
     key_params, key_run = jax.random.split(key)
-    params = init_params(key_params, s_dim, a_dim, cfg)
+    params = init_params(key_params, s_dim, a_dim, cfg, unseen)
     target = jax.tree.map(jnp.copy, params["critic"])  # a copy, since `train` gives away its input's memory
     return State(params, target, optax.adam(cfg.lr).init(params), key_run, jnp.int32(0))
 
@@ -208,15 +215,35 @@ def sample_batch(key, data, cfg):
     """
     i = jax.random.choice(key, data["starts"], (cfg.batch_size,))  # (B,)
     window = i[:, None] + jnp.arange(cfg.horizon)  # (B, 1) + (H,) -> (B, H)
-    alive = jnp.cumprod(data["masks"][window], axis=1)  # (B, H), 0 from the first success on
+    s, s_next = data["observations"][i], data["observations"][i + cfg.horizon]  # (B, S)
+    if cfg.goal:
+        g, rewards, masks = hindsight(key, data, window)
+        s, s_next = jnp.concatenate([s, g], axis=1), jnp.concatenate([s_next, g], axis=1)  # (B, S+G)
+    else:
+        rewards, masks = data["rewards"][window], data["masks"][window]  # (B, H)
+    alive = jnp.cumprod(masks, axis=1)  # (B, H), 0 from the first success on
     counts = jnp.pad(alive[:, :-1], ((0, 0), (1, 0)), constant_values=1)  # (B, H), 0 after the first success
     return dict(
-        observations=data["observations"][i],  # (B, S)
+        observations=s,
         actions=data["actions"][window].reshape(cfg.batch_size, -1),  # (B, H, A) -> (B, H*A)
-        returns=(counts * data["rewards"][window]) @ cfg.discount ** jnp.arange(cfg.horizon),  # (B,)
+        returns=(counts * rewards) @ cfg.discount ** jnp.arange(cfg.horizon),  # (B,)
         masks=alive[:, -1],  # (B,)
-        next_observations=data["observations"][i + cfg.horizon],  # (B, S)
+        next_observations=s_next,
     )
+
+def hindsight(key, data, window):
+    """Goals that were reached: window (B, H) of rows -> goals (B, G), rewards (B, H), masks (B, H).
+
+    A goal is the state at row k, by `data["goals"]` (N, G): the present one (.2), a later one of the same
+    trajectory (.5), or any (.3), as in DQC. The reward is -1, and the mask 1, until row k.
+    """
+    i, (key_kind, key_later, key_any) = window[:, 0], jax.random.split(jax.random.fold_in(key, 1), 3)
+    later = jax.random.randint(key_later, i.shape, i + 1, data["ends"][i] + 1)
+    anywhere = jax.random.randint(key_any, i.shape, 0, len(data["goals"]))
+    kind = jax.random.uniform(key_kind, i.shape)
+    k = jnp.where(kind < 0.2, i, jnp.where(kind < 0.7, later, anywhere))  # (B,)
+    masks = jnp.float32(window != k[:, None])  # (B, H) != (B, 1)
+    return data["goals"][k], -masks, masks
 
 def update(state, batch, key, cfg):
     """One update of policy, critic, value and target from a `sample_batch`. -> State, dict of scalars
@@ -352,19 +379,30 @@ warnings.filterwarnings("ignore", message=".*DISPLAY|.*precision lowered")  # no
 class UserError(Exception):
     """What a user can mend, in one line that says what is wrong and what to do."""
 
-def find_task(name):
-    """-> its names: cube-double, cube-double-task3, cube-double-singletask-task3-v0, cube-double-play-v0."""
-    form = rf"(?P<base>.+?)(-(?P<kind>{'|'.join(KINDS)}))?(-singletask)?(?P<task>-task\d)?(-v0)?"
-    base, kind, task = re.fullmatch(form, name or "?").group("base", "kind", "task")
+def find_task(name, goal=""):
+    """-> its names: cube-double, cube-double-task3, cube-double-singletask-task3-v0, cube-double-play-v0; goal
+
+    With a goal, or a full name without `singletask`, the second and third: cube-double-goal, cube-double-v0.
+    """
+    form = rf"(.+?)(?:-({'|'.join(KINDS)}))?(?:-singletask|-oraclerep)?(-task\d)?(?:-v0)?"
+    base, kind, task = re.fullmatch(form, name or "?").groups()
     usual = "navigate" if "maze" in name or "soccer" in name else "play"
+    goal = goal or ("oracle" if name.endswith("-v0") and "-singletask" not in name else "")
     known = [i for i in gymnasium.registry if "-singletask" in i and not i.startswith("visual")]
     env_id = f"{base}-singletask{task or ''}-v0"
     if env_id not in known:
         names = sorted(i.replace("-singletask", "").removesuffix("-v0") for i in known)
         near = difflib.get_close_matches(name, names, cutoff=0.4) or [i for i in names if "-task" not in i]
         raise UserError(f"unknown environment {name!r}; did you mean {', '.join(near)}?")
-    short = base + (f"-{kind}" if kind not in (None, usual) else "") + (task or "")
-    return base, short, env_id, f"{base}-{kind or usual}-v0"
+    if goal and task:
+        raise UserError(f"{name} has its one task: with --goal, which has all of them, give --env {base}")
+    short = base + (f"-{kind}" if kind not in (None, usual) else "") + ("-goal" if goal else task or "")
+    return base, short, f"{base}-v0" if goal else env_id, f"{base}-{kind or usual}-v0", goal
+
+def make_env(env_id, goal):
+    """The environment; `goal`, if any, is how it gives its goals."""
+    options = dict(use_oracle_rep=goal == "oracle") if goal else {}
+    return gymnasium.make(env_id, disable_env_checker=True, **options)
 
 @contextmanager
 def atomic_write(path, mode="wb"):
@@ -466,11 +504,12 @@ def find_dataset(cfg, base, dataset):
             np.savez(file, **{k: np.concatenate([e[k] for e in episodes]) for k in episodes[0]})
     return collected, "collected with OGBench's play policies"
 
-def load_dataset(path, env):
-    """Read a dataset for `env`. -> dict of numpy arrays: observations, actions, rewards, masks, ends
+def load_dataset(path, env, goal=""):
+    """Read a dataset for `env`. -> dict of numpy arrays: observations, actions, rewards, masks, ends, goals
 
     `ends` (N,) is the last row of each row's trajectory. Where the file has no rewards, OGBench computes them
-    (and the masks) for the task of `env`. UserError where training on the file would fail or mislead.
+    (and the masks) for the task of `env`. With a `goal`, `goals` (N, G) are the states as goals, as OGBench
+    gives them, and there are no rewards. UserError where training on the file would fail or mislead.
     """
     wanted = ("observations", "actions", "terminals", "qpos", "button_states", "rewards", "masks")
     try:
@@ -479,10 +518,17 @@ def load_dataset(path, env):
     except Exception as e:  # whatever numpy, zipfile or zlib say of a file that is not what it should be
         raise UserError(f"{path} is missing, truncated or no .npz dataset ({e}): give another") from None
     n, s_dim, a_dim = len(data.get("actions", ())), env.observation_space.shape[0], env.action_space.shape[0]
-    if "rewards" not in data and len(data.get("qpos", ())) == n:
+    if goal:
+        data |= dict(rewards=np.zeros(n), masks=np.ones(n), goals=data.get("observations"))
+        if goal == "oracle" and len(data.get("qpos", ())) == n:
+            ogbench.relabel_utils.add_oracle_reps(env.spec.id, env, data)
+            data["goals"] = data["oracle_reps"]
+    elif "rewards" not in data and len(data.get("qpos", ())) == n:
         ogbench.relabel_utils.relabel_dataset(env.spec.id, env, data)
     data.setdefault("masks", np.ones(n))
     shapes = dict(observations=(n, s_dim), actions=(n, a_dim), terminals=(n,), rewards=(n,), masks=(n,))
+    if goal:
+        shapes["goals"] = n, env.reset(options=dict(task_id=1))[1]["goal"].size
     for key, shape in shapes.items():
         found = data[key].shape if key in data else "missing"
         if n == 0 or found != shape:
@@ -494,19 +540,19 @@ def load_dataset(path, env):
     if abs(data["actions"]).max() > 1.001:
         raise UserError(f"{path}: actions reach {abs(data['actions']).max():.3g}: scale them into [-1, 1]")
     last = np.append(np.flatnonzero(data["terminals"][:-1]), n - 1)  # the file's end is a trajectory's end
-    data["ends"] = last[np.searchsorted(last, np.arange(n))]
-    return {k: data[k] for k in ("observations", "actions", "rewards", "masks", "ends")}
+    data["ends"] = np.int32(last[np.searchsorted(last, np.arange(n))])
+    return {k: data[k] for k in ("ends", *shapes) if k != "terminals"}
 
 def to_device(data, horizon):
     """What `load_dataset` gives -> what `sample_batch` takes, on the device."""
     starts = np.flatnonzero(np.arange(len(data["ends"])) + horizon <= data["ends"])
     if len(starts) == 0:
         raise UserError(f"no trajectory is longer than the {horizon} actions of a chunk: lower --horizon")
-    return {k: jnp.asarray(v) for k, v in data.items() if k != "ends"} | dict(starts=jnp.int32(starts))
+    return {k: jnp.asarray(v) for k, v in data.items()} | dict(starts=jnp.int32(starts))
 
 
-# ---- 7 Evaluation: many environments in a few processes, and one policy call for each group of them --------
-GROUPS, SLOTS = 2, 4  # groups in a worker process, of which one runs while the other waits; slots in a group
+# ---- 7 Evaluation: a process a core, each with several environments that share a policy call --------------
+SLOTS = 8  # environments in a worker process
 CHOOSE, REPORT, LOOK = 1_000_000, 2_000_000, 3_000_000  # the first episode seed for each purpose
 
 Job = namedtuple("Job", "method weight seed")  # the method as `method_of` reads it
@@ -521,49 +567,53 @@ def method_of(name):
     return dict(method=parts["method"], schedule=parts["schedule"] or "constant"), int(parts["n"] or 1)
 
 @cache
-def slot(env_id, i):
-    """In a worker process: its i-th environment."""
-    return gymnasium.make(env_id, disable_env_checker=True)
+def slot(env_id, goal, i):
+    """In a worker process: its i-th environment, and the goal that its episode has."""
+    return dict(env=make_env(env_id, goal), goal=np.zeros(0))
 
-def act(env_id, first, commands):
-    """In a worker process: a command a slot from `first` on: None, a seed to reset with, or a chunk (H, A).
+def act(env_id, goal, commands):
+    """In a worker process: a command for each slot: None, a seed to reset with, or a chunk (H, A).
 
-    -> for each, None or (observation, rewards, done, success); a chunk stops where its episode ends
+    -> for each, None or (observation, rewards, done, success); a chunk stops where its episode ends. A goal
+    is part of the observation; the seed's last digit says which of OGBench's five
     """
     replies = [None] * len(commands)
     for i, command in enumerate(commands):
+        if command is None:
+            continue
+        now, rewards, done, info = slot(env_id, goal, i), [], False, {}
         if isinstance(command, int):
             np.random.seed(command)
-            replies[i] = slot(env_id, first + i).reset(seed=command)[0], [], False, False
-        elif command is not None:
-            rewards, done = [], False
-            while len(rewards) < len(command) and not done:
-                ob, reward, terminated, truncated, info = slot(env_id, first + i).step(command[len(rewards)])
-                rewards, done = [*rewards, float(reward)], terminated or truncated
-            replies[i] = ob, rewards, done, bool(info.get("success"))
+            now["env"].unwrapped.action_space.seed(command)  # from which OGBench's reset draws, too
+            ob, info = now["env"].reset(seed=command, options=dict(task_id=1 + command % 5))
+            now["goal"] = info["goal"] if goal else now["goal"]
+        while not isinstance(command, int) and len(rewards) < len(command) and not done:
+            ob, reward, terminated, truncated, info = now["env"].step(command[len(rewards)])
+            rewards, done = [*rewards, float(reward)], terminated or truncated
+        replies[i] = np.append(ob, now["goal"]), rewards, done, bool(info.get("success"))
     return replies
 
 @contextmanager
-def simulators(env_id):
-    """Start a process a core. -> a function for each group of slots: commands to a future of their replies"""
+def simulators(env_id, goal):
+    """Start a process a core. -> for each a function: commands for its slots to a future of their replies"""
     pools = [ProcessPoolExecutor(1, get_context("spawn"), start_worker) for _ in range(CORES)]
     try:
-        yield [partial(p.submit, act, env_id, g * SLOTS) for g in range(GROUPS) for p in pools]
+        yield [partial(pool.submit, act, env_id, goal) for pool in pools]
     finally:
         for pool in pools:
             pool.shutdown(wait=False, cancel_futures=True)
 
-def rollout(nets, groups, jobs, cfg, label):
-    """Run an episode for each Job with the groups of `simulators`. -> Episodes in that order
+def rollout(nets, processes, jobs, cfg, label):
+    """Run an episode for each Job in the processes of `simulators`. -> Episodes in that order
 
-    A free slot takes the next job at once, and no group waits for another. An episode's start and noise
+    A free slot takes the next job at once, and no process waits for another. An episode's start and noise
     depend on its seed alone, so that rows of a table with the same seeds are paired.
     """
     queue, results = list(enumerate(jobs))[::-1], [None] * len(jobs)
     chunk = nets["policy"][-1]["b"].size  # H*A
     s_dim = nets["critic"][0]["w"].shape[1] - chunk
 
-    def commands_of_a_group():  # yields commands, and is sent the replies to them
+    def drive():  # yields commands, and is sent the replies to them
         obs, running = np.zeros((SLOTS, s_dim), np.float32), [None] * SLOTS
         while True:
             commands = [None] * SLOTS
@@ -593,12 +643,12 @@ def rollout(nets, groups, jobs, cfg, label):
                         bar.update()
 
     with progress(total=len(jobs), desc=label, unit=" episodes") as bar:
-        work = {group(next(c)): (group, c) for group in groups if queue for c in [commands_of_a_group()]}
+        work = {process(next(c)): (process, c) for process in processes if queue for c in [drive()]}
         while work:
             for future in wait(work, return_when=FIRST_COMPLETED).done:
-                group, c = work.pop(future)
+                process, c = work.pop(future)
                 try:
-                    work[group(c.send(future.result()))] = group, c
+                    work[process(c.send(future.result()))] = process, c
                 except StopIteration:
                     pass
     return results
@@ -682,12 +732,12 @@ def evaluate(nets, env_id, cfg):
     """For each method choose w, then run fresh episodes, the same for all. -> the Episodes of both"""
     best = dict.fromkeys(("bc", *cfg.methods, *(["edp"] if cfg.edp else [])), 0.0)
     guided = [m for m in best if method_of(m)[0]["method"] not in ("bc", "edp")]
-    with simulators(env_id) as groups:
+    with simulators(env_id, cfg.goal) as processes:
         jobs = [Job(m, w, CHOOSE + i) for m in guided for w in cfg.weights for i in range(cfg.choose)]
-        choice = rollout(nets, groups, jobs, cfg, "choosing w")
+        choice = rollout(nets, processes, jobs, cfg, "choosing w")
         best |= {m: best_weight([e for e in choice if e.method == m]) for m in guided}
         jobs = [Job(m, w, REPORT + i) for m, w in best.items() for i in range(cfg.episodes)]
-        return choice, rollout(nets, groups, jobs, cfg, "reporting")
+        return choice, rollout(nets, processes, jobs, cfg, "reporting")
 
 
 # ---- 8 Runs: a folder with config.json, checkpoint.npz, metrics.csv, episodes.csv and table.csv ------------
@@ -723,8 +773,8 @@ def load_run(folder, given):
             arrays = dict(file)
         record = json.loads(str(arrays["record"]))
         cfg = Config(**record["config"] | dict(weights=(), methods=()))  # lists in JSON
-        sizes = record["s_dim"], record["a_dim"]
-        state = jax.eval_shape(lambda: init_state(jax.random.PRNGKey(0), *sizes, cfg))
+        sizes = record["s_dim"], record["a_dim"], cfg, record.get("unseen", 0)
+        state = jax.eval_shape(lambda: init_state(jax.random.PRNGKey(0), *sizes))
         for name, leaf in named_leaves(state).items():
             if arrays[name].shape != leaf.shape:
                 raise ValueError(f"{name} has shape {arrays[name].shape}, expected {leaf.shape}")
@@ -812,10 +862,10 @@ def fit(state, data, folder, record, cfg, env_id):
                 save_run(folder, state, metrics, record)
                 saved = time.monotonic()
             if time.monotonic() - looked > 60 * cfg.watch:
-                with simulators(env_id) as groups:
+                with simulators(env_id, cfg.goal) as processes:
                     tried = [("bc", 0.0), *(("qgf", w) for w in cfg.weights)]
                     jobs = [Job(*how, LOOK + i) for how in tried for i in range(5)]
-                    look = rollout(acting_nets(state), groups, jobs, cfg, "a look")
+                    look = rollout(acting_nets(state), processes, jobs, cfg, "a look")
                 bar.write("\n".join([f"after {step} updates", *table(summary(look))]))
                 looked = time.monotonic()
         save_run(folder, state, metrics, record)
@@ -825,8 +875,11 @@ def fit(state, data, folder, record, cfg, env_id):
 
 
 # ---- 9 main ------------------------------------------------------------------------------------------------
-FAMILY = {"cube-double": dict(updates=150_000, lr=5e-4)}  # where the defaults of Config do not serve
-MINUTES = {"cube-single": 6, "cube-double": 50}  # from nothing to the table, on two CPU cores, by default
+FAMILY = {  # where the defaults of Config do not serve
+    "cube-double": dict(updates=150_000, lr=5e-4),
+    "cube-single-goal": dict(updates=20_000),
+}
+MINUTES = {"cube-single": 6, "cube-double": 50, "cube-single-goal": 8}  # to the table, on two CPU cores
 
 def parse(argv):
     """The options given on the command line, by field of Config."""
@@ -835,13 +888,15 @@ def parse(argv):
         kind = dict(action="store_true") if f.type is bool else dict(type=f.type, metavar="X")
         if f.type is tuple:
             kind = dict(type=type(f.default[0]), nargs="+", metavar="X")
+        if f.name == "goal":
+            kind = dict(nargs="?", choices=("oracle", "state"), const="oracle")
         help = f"{f.metadata['help']} [{f.default}]"
         parser.add_argument(f"--{f.name.replace('_', '-')}", help=help, **kind)
     given = vars(parser.parse_args(argv))
     for name, v in given.items():
         low = 0 if name in ("seed", "collect", "edp") else 1e-9
         high = 1 if name in ("discount", "expectile", "target_rate") else math.inf
-        text = name in ("env", "out", "table", "data", "methods")
+        text = name in ("env", "out", "table", "data", "goal", "methods")
         if not text and not low <= np.min(v) <= np.max(v) <= high:
             raise UserError(f"--{name.replace('_', '-')} {v} is out of range")
     return given
@@ -850,9 +905,12 @@ def run(given):
     """A whole run, from the given options to the table."""
     if given.get("table"):
         return print(*pooled(given["table"]), sep="\n")
-    base, given["env"], env_id, dataset = find_task(given.get("env", Config.env))
-    folder = Path(given.get("out", Config.out)) / f"{given['env']}-s{given.get('seed', Config.seed)}"
-    settings, saved = asdict(Config()) | FAMILY.get(base, {}), (folder / "checkpoint.npz").exists()
+    names = find_task(given.get("env", Config.env), given.get("goal", Config.goal))
+    base, short, env_id, dataset, goal = names
+    given |= dict(env=base if goal else short, goal=goal)
+    folder = Path(given.get("out", Config.out)) / f"{short}-s{given.get('seed', Config.seed)}"
+    family, saved = f"{base}-goal" if goal else base, (folder / "checkpoint.npz").exists()
+    settings = asdict(Config()) | FAMILY.get(family, {})
     if given.get("eval"):
         state, record = load_run(folder, given)
         settings = record["config"]
@@ -865,25 +923,29 @@ def run(given):
     print(f"device  {jax.devices()[0].device_kind}, {CORES} CPU cores, jax {jax.__version__}")
     if not cfg.eval:
         folder.mkdir(parents=True, exist_ok=True)  # if it cannot be written, now is the time to know
-        known = f"about {MINUTES[base]} minutes" if base in MINUTES else "not known for this family"
+        known = f"about {MINUTES[family]} minutes" if family in MINUTES else "not known for this family"
         print(f"time    {known}, from nothing on two CPU cores by default", flush=True)
-        env = gymnasium.make(env_id)
         path, origin = find_dataset(cfg, base, dataset)
-        data = load_dataset(path, env)
+        data = load_dataset(path, make_env(env_id, goal), goal)
         s_dim, a_dim = data["observations"].shape[1], data["actions"].shape[1]
+        g_dim = data["goals"].shape[1] if goal else 0
         solved, ends, r = data["masks"] == 0, np.unique(data["ends"]), data["rewards"]
         mark = hashlib.sha256()
         for k in sorted(data):
             mark.update(data[k])
         print(f"data    {path}: {origin}")
         print(f"        {len(r) - len(ends):,} transitions in {len(ends):,} trajectories; states {s_dim}"
-              f", actions {a_dim};\n        rewards {r.min():g} to {r.max():g}; solved in {solved.mean():.2%}"
-              f" of the states, {len(set(data['ends'][solved]))} of the trajectories")
+              f", actions {a_dim}{f', goals {g_dim}' * bool(goal)}")
+        if not goal:
+            print(f"        rewards {r.min():g} to {r.max():g}; solved in {solved.mean():.2%} of the states, "
+                  f"{len(set(data['ends'][solved]))} of the trajectories")
         if not saved:
-            state = init_state(jax.random.PRNGKey(cfg.seed), s_dim, a_dim, cfg)
+            unseen = 0 if cfg.goal_flow else g_dim
+            state = init_state(jax.random.PRNGKey(cfg.seed), s_dim + g_dim, a_dim, cfg, unseen)
             packages = ("jax", "jaxlib", "optax", "numpy", "ogbench", "gymnasium", "mujoco")
             versions = {p: version(p) for p in packages} | dict(python=platform.python_version())
-            record = dict(s_dim=s_dim, a_dim=a_dim, data=f"{path}: {origin}", fingerprint=mark.hexdigest())
+            record = dict(s_dim=s_dim + g_dim, a_dim=a_dim, unseen=unseen)
+            record |= dict(data=f"{path}: {origin}", fingerprint=mark.hexdigest())
             record |= dict(versions=versions)
         elif mark.hexdigest() != record["fingerprint"]:
             raise UserError(f"{folder} was trained on other data, {record['data']}: choose another --out")
@@ -901,7 +963,9 @@ def run(given):
     columns = list(dict.fromkeys(k for r in rows for k in r))
     write_csv(folder / "table.csv", [columns, *([r.get(k, "") for k in columns] for r in rows)])
     print(f"\nto choose the weight, {cfg.choose} episodes each", *table(summary(choice)), sep="\n")
-    print(f"\n{cfg.env} after {state.step} updates, fresh episodes", *table(rows), sep="\n")
+    for k in range(1, 6 if goal else 1):
+        print(f"\ngoal {k}", *table(summary([e for e in report if 1 + e.seed % 5 == k])), sep="\n")
+    print(f"\n{short} after {state.step} updates, fresh episodes", *table(rows), sep="\n")
     print("did guidance help?", *(verdict(r) for r in rows if "gain" in r), f"saved in {folder}", sep="\n")
 
 def main(argv=None):
@@ -916,7 +980,7 @@ def main(argv=None):
         message = str(e)
     except KeyboardInterrupt:
         message = "interrupted; the same command goes on from what was saved"
-    except process.BrokenProcessPool:
+    except BrokenProcessPool:
         message = "a simulator process died, out of memory? The same command goes on from what was saved"
     except OSError as e:
         message = f"cannot read or write {e.filename}: {e.strerror}; what was saved before is kept"

@@ -229,6 +229,89 @@ def test_chunks_stay_in_one_trajectory_and_returns_stop_at_success():
     assert drawn == set(starts)  # 500 draws of 48 starts
 
 
+# ---- goals -----------------------------------------------------------------------------------------------
+
+
+def test_hindsight_goals_rewards_and_masks_equal_a_brute_force_loop():
+    raw, n = random_data(), 6000
+    rows = np.arange(60, dtype=np.float32)[:, None]  # the goal of a row is its number
+    data = qgf.to_device(raw | dict(goals=rows), CFG.horizon)
+    batch = qgf.sample_batch(KEY, data, replace(CFG, goal="oracle", batch_size=n))
+    kinds = dict(present=0, later=0, other=0)
+    for k in range(n):
+        s, goal = batch["observations"][k, :S], int(batch["observations"][k, S])
+        i = int(np.flatnonzero((raw["observations"] == s).all(axis=1))[0])
+        ret, mask = 0.0, 1.0
+        for j in range(CFG.horizon):
+            if i + j == goal:
+                mask = 0.0
+                break
+            ret -= CFG.discount**j
+        assert batch["returns"][k] == pytest.approx(ret, abs=1e-5) and batch["masks"][k] == mask
+        assert batch["next_observations"][k, S] == goal  # and the state after the chunk has the same goal
+        np.testing.assert_array_equal(
+            batch["next_observations"][k, :S], raw["observations"][i + CFG.horizon]
+        )
+        kinds["present" if goal == i else "later" if i < goal <= raw["ends"][i] else "other"] += 1
+    starts = np.asarray(data["starts"])
+    later = np.mean(
+        (raw["ends"][starts] - starts) / 60
+    )  # how often any row is a later one of the trajectory
+    want = dict(present=0.2 + 0.3 / 60, later=0.5 + 0.3 * later)
+    for kind, share in (want | dict(other=1 - sum(want.values()))).items():
+        assert kinds[kind] / n == pytest.approx(share, abs=0.02), kind
+
+
+@pytest.mark.parametrize("env_id", ["cube-double-v0", "scene-v0"])
+def test_a_state_as_a_goal_is_what_the_environment_gives(env_id, tmp_path):
+    env = qgf.make_env(env_id, "oracle")
+    seen, oracle = {}, env.unwrapped.compute_oracle_observation
+
+    def spy():  # called inside reset, when the environment is in its goal state
+        seen.update(qpos=env.unwrapped._data.qpos.copy(), ob=env.unwrapped.compute_observation())
+        if "scene" in env_id or "puzzle" in env_id:
+            seen["button_states"] = env.unwrapped._cur_button_states.copy()
+        return oracle()
+
+    env.unwrapped.compute_oracle_observation = spy
+    _, info = env.reset(seed=1, options=dict(task_id=3))
+    ob = seen["ob"]  # `load_dataset` resets, too
+    two = {k: np.stack([v, v]).astype(np.float32) for k, v in seen.items() if k != "ob"}
+    two |= dict(observations=np.stack([ob] * 2), actions=np.zeros((2, 5)), terminals=[0, 1])
+    np.savez(tmp_path / "two.npz", **two)
+    goals = qgf.load_dataset(tmp_path / "two.npz", env, "oracle")["goals"]
+    np.testing.assert_allclose(goals, [info["goal"]] * 2, atol=1e-5)
+    whole = qgf.load_dataset(tmp_path / "two.npz", qgf.make_env(env_id, "state"), "state")["goals"]
+    np.testing.assert_allclose(whole[0], ob, atol=1e-6)
+
+
+def test_a_toy_is_steered_to_any_goal_by_the_critic_alone():
+    """On a line, x' = x + 0.2 a. The data wander, the flow sees no goal, and no goal of the test was drawn."""
+    rng, n, length = np.random.default_rng(0), 300, 20
+    a = rng.uniform(-1, 1, (n, length)).astype(np.float32)
+    x = rng.uniform(-1, 1, (n, 1)) + np.cumsum(np.pad(0.2 * a[:, :-1], ((0, 0), (1, 0))), axis=1)
+    x = np.float32(x.reshape(-1, 1))
+    ends = np.int32(np.repeat(np.arange(n) * length + length - 1, length))
+    data = dict(observations=x, actions=a.reshape(-1, 1), goals=np.round(x, 1), ends=ends)
+    cfg = qgf.Config(width=64, depth=2, horizon=1, goal="state", discount=0.9)
+    state = qgf.init_state(KEY, 2, 1, cfg, unseen=1)
+    assert len(state.params["policy"][0]["w"]) == 1 + 1 + 16  # state, action, time: the flow sees no goal
+    state, _ = qgf.train(state, qgf.to_device(data, 1), 2000, cfg)
+    nets, goal = qgf.acting_nets(state), jnp.linspace(-0.85, 0.85, 18)[:, None]  # between those of the data
+
+    def far(w):
+        now = jnp.zeros((18, 1))
+        for i in range(12):
+            s, noise = (
+                jnp.concatenate([now, goal], axis=1),
+                jax.random.normal(jax.random.PRNGKey(i), (18, 1, 1)),
+            )
+            now = now + 0.2 * qgf.sample_actions(nets, s, noise, w)
+        return float(abs(now - goal).mean())
+
+    assert far(3.0) < 0.2 and far(0.0) > 0.35
+
+
 # ---- training --------------------------------------------------------------------------------------------
 
 
@@ -542,7 +625,7 @@ def test_on_two_modes_exact_guidance_moves_mass_and_dropping_the_jacobian_moves_
 
 
 def test_names_of_tasks():
-    want = ("cube-double", "cube-double", "cube-double-singletask-v0", "cube-double-play-v0")
+    want = ("cube-double", "cube-double", "cube-double-singletask-v0", "cube-double-play-v0", "")
     assert qgf.find_task("cube-double") == want
     for name in (
         "cube-double-task3",
@@ -550,7 +633,10 @@ def test_names_of_tasks():
         "cube-double-singletask-task3-v0",
     ):
         assert qgf.find_task(name)[1:3] == ("cube-double-task3", "cube-double-singletask-task3-v0")
-    assert qgf.find_task("scene-noisy")[1:] == ("scene-noisy", "scene-singletask-v0", "scene-noisy-v0")
+    assert qgf.find_task("scene-noisy")[1:4] == ("scene-noisy", "scene-singletask-v0", "scene-noisy-v0")
+    want = ("cube-double", "cube-double-goal", "cube-double-v0", "cube-double-play-v0", "oracle")
+    assert qgf.find_task("cube-double-play-v0") == qgf.find_task("cube-double-play-oraclerep-v0") == want
+    assert qgf.find_task("cube-double", "state") == (*want[:4], "state")
     assert qgf.find_task("antmaze-large")[3] == "antmaze-large-navigate-v0"
 
 
@@ -883,6 +969,7 @@ def main(home, *args):
         (["--env", "cube-duble"], "did you mean cube-double"),
         (["--env", "cube-single-task9"], "did you mean"),
         (["--lr", "-1"], "--lr -1.0 is out of range"),
+        (["--env", "cube-single-task2", "--goal"], "give --env cube-single"),
         (["--data", "nowhere.npz", "--out", "other"], "nowhere.npz is missing"),
         (["--width", "32"], "holds a run with --width 16"),
         (["--eval", "--width", "32"], "holds a run with --width 16"),
