@@ -19,7 +19,7 @@ Sections 1 to 5 are the algorithm: pure functions on arrays and pytrees. Section
 keep it. Left out, because they would hide it: pixels, online fine-tuning, other backbones, trackers.
 """
 import argparse, csv, difflib, errno, hashlib, http.client, json, math, os, platform, re  # noqa: E401
-import shutil, signal, sys, threading, time, urllib.request, warnings  # noqa: E401
+import shutil, signal, sys, threading, time, timeit, urllib.request, warnings  # noqa: E401
 from collections import namedtuple
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -380,9 +380,8 @@ class UserError(Exception):
     """What a user can mend, in one line that says what is wrong and what to do."""
 
 def find_task(name, goal=""):
-    """-> its names: cube-double, cube-double-task3, cube-double-singletask-task3-v0, cube-double-play-v0; goal
-
-    With a goal, or a full name without `singletask`, the second and third: cube-double-goal, cube-double-v0.
+    """-> family cube-double, run cube-double-task3, environment cube-double-singletask-task3-v0, dataset
+    cube-double-play-v0, goal. With one, or a name without `singletask`: cube-double-goal, cube-double-v0.
     """
     form = rf"(.+?)(?:-({'|'.join(KINDS)}))?(?:-singletask|-oraclerep)?(-task\d)?(?:-v0)?"
     base, kind, task = re.fullmatch(form, name or "?").groups()
@@ -674,12 +673,8 @@ def cost(nets, method, cfg):
     sample = partial(sample_actions, **how, denoise_steps=cfg.denoise_steps)
     for B, unit in ((1, "ms_1"), (256, "us_256")):
         s, a_0 = jnp.zeros((B, nets["critic"][0]["w"].shape[1] - chunk)), jnp.ones((B, n, chunk))
-        times = []
-        for _ in range(12):
-            start = time.perf_counter()
-            sample(nets, s, a_0, 0.01).block_until_ready()
-            times.append(time.perf_counter() - start)
-        result[unit] = np.median(times[2:]) / B * (1e3 if B == 1 else 1e6)  # the first two compile, and warm
+        seconds = timeit.repeat(lambda: sample(nets, s, a_0, 0.01).block_until_ready(), number=1, repeat=22)
+        result[unit] = np.median(seconds[2:]) / B * (1e3 if B == 1 else 1e6)  # the first two compile and warm
         result["mflop"] = operations(jax.make_jaxpr(sample)(nets, s, a_0, 0.01), cfg.denoise_steps) / B / 1e6
     return result
 
@@ -719,14 +714,13 @@ def table(rows):
 
 def verdict(row):
     """Whether a row of `summary` is better than BC, by the interval of its paired gain."""
-    shown = "yes" if row["gain_low"] > 0 else "no, it harmed" if row["gain_high"] < 0 else "not shown"
+    sign = (int(row["gain_low"] > 0) - int(row["gain_high"] < 0)) * (row["n"] >= 10)  # a few show nothing
+    shown = {1: "yes", 0: "not shown", -1: "no, it harmed"}[sign]
     return "{}, {method} by {gain:+.2f} [{gain_low:+.2f}, {gain_high:+.2f}]".format(shown, **row)
 
 def best_weight(episodes):
     """The weight with the most successes; among equals that with the largest return, then the smallest."""
-    def score(w):
-        return np.sum([(e.success, e.ret) for e in episodes if e.weight == w], axis=0).tolist()
-    return max(sorted({e.weight for e in episodes}), key=score)
+    return max(summary(episodes), key=lambda r: (r["success"], r["ret"], -r["weight"]))["weight"]
 
 def evaluate(nets, env_id, cfg):
     """For each method choose w, then run fresh episodes, the same for all. -> the Episodes of both"""
@@ -817,7 +811,8 @@ def pooled(folder):
                  for env in envs]
         gains = [[won[e] - wins["bc"][run][e] for e in won] for run, won in runs.items()]
         lines.append([method, *(f"{np.mean(m):.2f}" if m else "" for m in means)])
-        lines[-1] += [interval([[*won.values()] for won in runs.values()]), interval(gains)]
+        lines[-1] += [interval([[*won.values()] for won in runs.values()])]
+        lines[-1] += [interval(gains) if method != "bc" else ""]
     n = [len(won) for won in wins["bc"].values()]
     return [f"| {' | '.join(cells)} |" for cells in lines] + [f"\n{len(n)} runs, {sum(n)} episodes in a row"]
 
@@ -877,7 +872,7 @@ def fit(state, data, folder, record, cfg, env_id):
 # ---- 9 main ------------------------------------------------------------------------------------------------
 FAMILY = {  # where the defaults of Config do not serve
     "cube-double": dict(updates=150_000, lr=5e-4),
-    "cube-single-goal": dict(updates=20_000),
+    "cube-single-goal": dict(updates=20_000, episodes=100),
 }
 MINUTES = {"cube-single": 6, "cube-double": 50, "cube-single-goal": 8}  # to the table, on two CPU cores
 
