@@ -973,6 +973,19 @@ def test_a_run_stopped_or_killed_goes_on_bitwise(home):
         assert whole.read_text() == stopped.read_text()
 
 
+def test_run_all_lists_its_runs_and_a_slurm_task_takes_one():
+    here = Path(qgf.__file__).parent
+    command = [here / "run_all.sh", "cube-single scene", "0 7", "--width", "64"]
+    env = os.environ | dict(DRY_RUN="1", OUT="some folder", SLURM_SUBMIT_DIR=str(here))
+    lines = subprocess.run(command, env=env, text=True, capture_output=True).stdout.splitlines()
+    want = [(e, s) for e in ("cube-single", "scene") for s in "07"]
+    assert [tuple(line.split()[i] for i in (3, 5)) for line in lines] == want
+    assert all(r"--out some\ folder --width 64" in line for line in lines)
+    env["SLURM_ARRAY_TASK_ID"] = "2"
+    one = subprocess.run(command, env=env, text=True, capture_output=True).stdout.splitlines()
+    assert one == [lines[2]]
+
+
 def main(home, *args):
     whole = str(home / "whole")
     return qgf.main(["--env", "cube-single", "--collect", "2000", "--out", whole, *SMALL, *args])
