@@ -235,15 +235,17 @@ def hindsight(key, data, window):
     """Goals that were reached: window (B, H) of rows -> goals (B, G), rewards (B, H), masks (B, H).
 
     A goal is the state at row k, by `data["goals"]` (N, G): the present one (.2), a later one of the same
-    trajectory (.5), or any (.3), as in DQC. The reward is -1, and the mask 1, until row k.
+    trajectory (.5), or any (.3), as in DQC. The reward is -1, and the mask 1, until a state is near it: 0.4,
+    which is OGBench's own 4 cm in the units of its oracle representation, and tells buttons on from off.
     """
     i, (key_kind, key_later, key_any) = window[:, 0], jax.random.split(jax.random.fold_in(key, 1), 3)
     later = jax.random.randint(key_later, i.shape, i + 1, data["ends"][i] + 1)
     anywhere = jax.random.randint(key_any, i.shape, 0, len(data["goals"]))
     kind = jax.random.uniform(key_kind, i.shape)
     k = jnp.where(kind < 0.2, i, jnp.where(kind < 0.7, later, anywhere))  # (B,)
-    masks = jnp.float32(window != k[:, None])  # (B, H) != (B, 1)
-    return data["goals"][k], -masks, masks
+    g = data["goals"][k]  # (B, G)
+    masks = jnp.float32(abs(data["goals"][window] - g[:, None]).max(axis=-1) > 0.4)  # (B, H, G) -> (B, H)
+    return g, -masks, masks
 
 def update(state, batch, key, cfg):
     """One update of policy, critic, value and target from a `sample_batch`. -> State, dict of scalars

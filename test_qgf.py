@@ -237,23 +237,29 @@ def test_chunks_stay_in_one_trajectory_and_returns_stop_at_success():
 # ---- goals -----------------------------------------------------------------------------------------------
 
 
-def test_hindsight_goals_rewards_and_masks_equal_a_brute_force_loop():
+@pytest.mark.parametrize("alike", [1, 4])
+def test_hindsight_goals_rewards_and_masks_equal_a_brute_force_loop(alike):
     raw, n = random_data(), 6000
-    rows = np.arange(60, dtype=np.float32)[:, None]  # the goal of a row is its number
+    i = np.arange(60)
+    rows = np.float32(i // alike + 0.1 * (i % alike))[
+        :, None
+    ]  # so many successive rows are near each other
     data = qgf.to_device(raw | dict(goals=rows), CFG.horizon)
     batch = qgf.sample_batch(KEY, data, replace(CFG, goal="oracle", batch_size=n))
     kinds = dict(present=0, later=0, other=0)
     for k in range(n):
-        s, goal = batch["observations"][k, :S], int(batch["observations"][k, S])
+        s, goal = batch["observations"][k, :S], int(np.flatnonzero(rows == batch["observations"][k, S])[0])
         i = int(np.flatnonzero((raw["observations"] == s).all(axis=1))[0])
         ret, mask = 0.0, 1.0
         for j in range(CFG.horizon):
-            if i + j == goal:
+            if (i + j) // alike == goal // alike:
                 mask = 0.0
                 break
             ret -= CFG.discount**j
         assert batch["returns"][k] == pytest.approx(ret, abs=1e-5) and batch["masks"][k] == mask
-        assert batch["next_observations"][k, S] == goal  # and the state after the chunk has the same goal
+        assert (
+            batch["next_observations"][k, S] == rows[goal, 0]
+        )  # the state after the chunk has the same goal
         np.testing.assert_array_equal(
             batch["next_observations"][k, :S], raw["observations"][i + CFG.horizon]
         )
@@ -297,7 +303,7 @@ def test_a_toy_is_steered_to_any_goal_by_the_critic_alone():
     x = rng.uniform(-1, 1, (n, 1)) + np.cumsum(np.pad(0.2 * a[:, :-1], ((0, 0), (1, 0))), axis=1)
     x = np.float32(x.reshape(-1, 1))
     ends = np.int32(np.repeat(np.arange(n) * length + length - 1, length))
-    data = dict(observations=x, actions=a.reshape(-1, 1), goals=np.round(x, 1), ends=ends)
+    data = dict(observations=x, actions=a.reshape(-1, 1), goals=10 * np.round(x, 1), ends=ends)
     cfg = qgf.Config(width=64, depth=2, horizon=1, goal="state", discount=0.9)
     state = qgf.init_state(KEY, 2, 1, cfg, unseen=1)
     assert len(state.params["policy"][0]["w"]) == 1 + 1 + 16  # state, action, time: the flow sees no goal
@@ -308,7 +314,7 @@ def test_a_toy_is_steered_to_any_goal_by_the_critic_alone():
         now = jnp.zeros((18, 1))
         for i in range(12):
             s, noise = (
-                jnp.concatenate([now, goal], axis=1),
+                jnp.concatenate([now, 10 * goal], axis=1),
                 jax.random.normal(jax.random.PRNGKey(i), (18, 1, 1)),
             )
             now = now + 0.2 * qgf.sample_actions(nets, s, noise, w)
