@@ -296,6 +296,17 @@ def test_a_state_as_a_goal_is_what_the_environment_gives(env_id, tmp_path):
     np.testing.assert_allclose(whole[0], ob, atol=1e-6)
 
 
+def test_an_episodes_start_and_goal_depend_on_its_seed_alone():
+    first, again, other = (r[0] for r in qgf.act("cube-single-v0", "oracle", [13, 13, 14]))
+    assert first.shape == (28 + 3,)  # the goal, a cube's position, is the observation's end
+    np.testing.assert_array_equal(first, again)  # in another environment of the process
+    assert (first[28:] != other[28:]).any()  # goal 5 instead of 4
+    chunk = np.zeros((5, 5))
+    (reply,) = qgf.act("cube-single-v0", "oracle", [chunk])
+    np.testing.assert_array_equal(reply[0][28:], first[28:])  # and it stays while the episode lasts
+    assert len(reply[1]) == 5 and not reply[2]
+
+
 def test_a_toy_is_steered_to_any_goal_by_the_critic_alone():
     """On a line, x' = x + 0.2 a. The data wander, the flow sees no goal, and no goal here was drawn."""
     rng, n, length = np.random.default_rng(0), 300, 20
@@ -910,7 +921,9 @@ def test_collected_data_has_the_form_of_ogbenchs(home):
 
 
 def test_a_real_run_from_the_command_line(home, capsys):
-    p = start(home, "--updates", "300", "--out", "real", "--edp", "10", "--methods", "qgf", "bptt+score@2")
+    p = start(
+        home, "--updates", "300", "--out", "real", "--edp", "10", "--methods", "qgf", "qgf-jacobian+score@2"
+    )
     out, err = p.communicate(timeout=170)
     assert p.returncode == 0, err
     for words in (
@@ -924,8 +937,8 @@ def test_a_real_run_from_the_command_line(home, capsys):
     ):
         assert words in out, (words, out)
     assert [line.split()[0] for line in out.splitlines() if "░" in line] == [
-        *("qgf", "bptt+score@2"),  # to choose their weights
-        *("bc", "qgf", "bptt+score@2", "edp"),
+        *("qgf", "qgf-jacobian+score@2"),  # to choose their weights
+        *("bc", "qgf", "qgf-jacobian+score@2", "edp"),
     ]
     folder = home / "real/cube-single-s0"
     rows = [line.split(",") for line in (folder / "episodes.csv").read_text().splitlines()]
@@ -935,10 +948,14 @@ def test_a_real_run_from_the_command_line(home, capsys):
     )  # paired
     assert not {row[3] for row in rows[1:3]} & {row[3] for row in rows[3:]}  # chosen on others
     table = np.genfromtxt(folder / "table.csv", delimiter=",", names=True, dtype=None, encoding=None)
-    assert table["mflop"][2] > 10 * table["mflop"][0] > 0 and (table["ms_1"] > 0).all()
+    assert table["mflop"][2] > 5 * table["mflop"][0] > 0 and (table["ms_1"] > 0).all()
     assert qgf.main(["--table", str(home / "real")]) == 0
     pooled = capsys.readouterr().out
-    assert "| cube-single |" in pooled and "| bptt+score@2 |" in pooled and "1 runs, 2 episodes" in pooled
+    assert (
+        "| cube-single |" in pooled
+        and "| qgf-jacobian+score@2 |" in pooled
+        and "1 runs, 2 episodes" in pooled
+    )
     record = json.loads((folder / "config.json").read_text())
     assert record["config"]["width"] == 16 and "jax" in record["versions"]
     assert "play policies" in record["data"]
