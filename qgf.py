@@ -898,6 +898,20 @@ def parse(argv):
             raise UserError(f"--{name.replace('_', '-')} {v} is out of range")
     return given
 
+def report(folder, title, nets, env_id, cfg):
+    """Evaluate; write episodes.csv and table.csv, and print what they say."""
+    choice, fresh = evaluate(nets, env_id, cfg)
+    rows = summary(fresh, {m: cost(nets, m, cfg) for m in dict.fromkeys(e.method for e in fresh)})
+    episodes = [("choose", *e) for e in choice] + [("report", *e) for e in fresh]
+    write_csv(folder / "episodes.csv", [("purpose", *Episode._fields), *episodes])
+    columns = list(dict.fromkeys(k for r in rows for k in r))
+    write_csv(folder / "table.csv", [columns, *([r.get(k, "") for k in columns] for r in rows)])
+    print(f"\nto choose the weight, {cfg.choose} episodes each", *table(summary(choice)), sep="\n")
+    for k in range(1, 6 if cfg.goal else 1):
+        print(f"\ngoal {k}", *table(summary([e for e in fresh if 1 + e.seed % 5 == k])), sep="\n")
+    print(f"\n{title}, fresh episodes", *table(rows), sep="\n")
+    print("did guidance help?", *(verdict(r) for r in rows if "gain" in r), f"saved in {folder}", sep="\n")
+
 def run(given):
     """A whole run, from the given options to the table."""
     if given.get("table"):
@@ -952,18 +966,7 @@ def run(given):
         sizes = ", ".join(f"{k} {sum(x.size for x in jax.tree.leaves(v)):,}" for k, v in state.params.items())
         print(f"nets    {sizes} parameters\nplan    updates {state.step} to {cfg.updates}", flush=True)
         state = fit(state, to_device(data, cfg.horizon), folder, record, cfg, env_id)
-    nets = jax.device_put(acting_nets(state))
-    choice, report = evaluate(nets, env_id, cfg)
-    rows = summary(report, {m: cost(nets, m, cfg) for m in dict.fromkeys(e.method for e in report)})
-    episodes = [("choose", *e) for e in choice] + [("report", *e) for e in report]
-    write_csv(folder / "episodes.csv", [("purpose", *Episode._fields), *episodes])
-    columns = list(dict.fromkeys(k for r in rows for k in r))
-    write_csv(folder / "table.csv", [columns, *([r.get(k, "") for k in columns] for r in rows)])
-    print(f"\nto choose the weight, {cfg.choose} episodes each", *table(summary(choice)), sep="\n")
-    for k in range(1, 6 if goal else 1):
-        print(f"\ngoal {k}", *table(summary([e for e in report if 1 + e.seed % 5 == k])), sep="\n")
-    print(f"\n{short} after {state.step} updates, fresh episodes", *table(rows), sep="\n")
-    print("did guidance help?", *(verdict(r) for r in rows if "gain" in r), f"saved in {folder}", sep="\n")
+    report(folder, f"{short} after {state.step} updates", jax.device_put(acting_nets(state)), env_id, cfg)
 
 def main(argv=None):
     """The command line. -> exit status"""
