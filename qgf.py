@@ -211,7 +211,8 @@ def sample_batch(key, data, cfg):
     """Draw B chunks from dict(observations (N, S), actions (N, A), rewards (N,), masks (N,), starts (M,)).
 
     `starts` has the rows from which a whole chunk, and the state after it, lie in one trajectory. `masks` is
-    0 where the task is solved: rewards count up to that row, and nothing is bootstrapped beyond it.
+    0 where the task is solved: rewards count up to that row, and nothing is bootstrapped beyond it. With
+    cfg.goal, `data` has goals (N, G) and ends (N,) for `hindsight`, and states are (s, g).
     """
     i = jax.random.choice(key, data["starts"], (cfg.batch_size,))  # (B,)
     window = i[:, None] + jnp.arange(cfg.horizon)  # (B, 1) + (H,) -> (B, H)
@@ -567,6 +568,10 @@ def method_of(name):
         raise UserError(f"unknown method {name!r}: give {usage}")
     return dict(method=parts["method"], schedule=parts["schedule"] or "constant"), int(parts["n"] or 1)
 
+def goal_of(seed):
+    """Which of OGBench's five goals, 1 to 5, an episode has; an environment of one task has its own."""
+    return 1 + seed % 5
+
 @cache
 def slot(env_id, goal, i):
     """In a worker process: its i-th environment, and the goal that its episode has."""
@@ -576,7 +581,7 @@ def act(env_id, goal, commands):
     """In a worker process: a command for each slot: None, a seed to reset with, or a chunk (H, A).
 
     -> for each, None or (observation, rewards, done, success); a chunk stops where its episode ends. A goal
-    is part of the observation; the seed's last digit says which of OGBench's five
+    is the end of the observation, and `goal_of` the seed.
     """
     replies = [None] * len(commands)
     for i, command in enumerate(commands):
@@ -586,11 +591,12 @@ def act(env_id, goal, commands):
         if isinstance(command, int):
             np.random.seed(command)
             now["env"].unwrapped.action_space.seed(command)  # from which OGBench's reset draws, too
-            ob, info = now["env"].reset(seed=command, options=dict(task_id=1 + command % 5))
+            ob, info = now["env"].reset(seed=command, options=dict(task_id=goal_of(command)))
             now["goal"] = info["goal"] if goal else now["goal"]
-        while not isinstance(command, int) and len(rewards) < len(command) and not done:
-            ob, reward, terminated, truncated, info = now["env"].step(command[len(rewards)])
-            rewards, done = [*rewards, float(reward)], terminated or truncated
+        else:
+            while len(rewards) < len(command) and not done:
+                ob, reward, terminated, truncated, info = now["env"].step(command[len(rewards)])
+                rewards, done = [*rewards, float(reward)], terminated or truncated
         replies[i] = np.append(ob, now["goal"]), rewards, done, bool(info.get("success"))
     return replies
 
@@ -677,7 +683,7 @@ def cost(nets, method, cfg):
         s, a_0 = jnp.zeros((B, nets["critic"][0]["w"].shape[1] - chunk)), jnp.ones((B, n, chunk))
         seconds = timeit.repeat(lambda: sample(nets, s, a_0, 0.01).block_until_ready(), number=1, repeat=22)
         result[unit] = np.median(seconds[2:]) / B * (1e3 if B == 1 else 1e6)  # the first two compile and warm
-        result["mflop"] = operations(jax.make_jaxpr(sample)(nets, s, a_0, 0.01), cfg.denoise_steps) / B / 1e6
+    result["mflop"] = operations(jax.make_jaxpr(sample)(nets, s, a_0, 0.01), cfg.denoise_steps) / B / 1e6
     return result
 
 def summary(episodes, costs={}):
@@ -737,8 +743,9 @@ def evaluate(nets, env_id, cfg):
 
 
 # ---- 8 Runs: a folder with config.json, checkpoint.npz, metrics.csv, episodes.csv and table.csv ------------
-CHUNK = 100  # updates in a compiled call; FREE: the settings that may change when a run goes on
+CHUNK = 100  # updates in a compiled call
 LOSSES = ("flow_loss", "critic_loss", "value_loss", "q", "v")
+# the settings that may change when a run goes on
 FREE = "out eval table data collect updates methods weights choose episodes watch".split()
 
 def named_leaves(state):
@@ -908,7 +915,7 @@ def report(folder, title, nets, env_id, cfg):
     write_csv(folder / "table.csv", [columns, *([r.get(k, "") for k in columns] for r in rows)])
     print(f"\nto choose the weight, {cfg.choose} episodes each", *table(summary(choice)), sep="\n")
     for k in range(1, 6 if cfg.goal else 1):
-        print(f"\ngoal {k}", *table(summary([e for e in fresh if 1 + e.seed % 5 == k])), sep="\n")
+        print(f"\ngoal {k}", *table(summary([e for e in fresh if goal_of(e.seed) == k])), sep="\n")
     print(f"\n{title}, fresh episodes", *table(rows), sep="\n")
     print("did guidance help?", *(verdict(r) for r in rows if "gain" in r), f"saved in {folder}", sep="\n")
 
