@@ -21,7 +21,7 @@ keep it. Left out, because they would hide it: pixels, online fine-tuning, other
 import argparse, csv, difflib, errno, hashlib, http.client, json, math, os, platform, re  # noqa: E401
 import shutil, signal, sys, threading, time, timeit, urllib.request, warnings  # noqa: E401
 from collections import namedtuple
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -37,6 +37,8 @@ import jax.numpy as jnp
 import numpy as np
 import ogbench
 import optax
+from PIL import Image, ImageDraw
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from scipy.stats import binomtest
 from tqdm import tqdm
 
@@ -51,11 +53,16 @@ class Config:
 
     # what to run
     env: str = option("cube-single", "OGBench task: cube-double, cube-double-task3, or a full OGBench name")
+    preset: str = option("", "`paper`: its settings for this environment, where no option says otherwise")
     seed: int = option(0, "seed of parameters, batches and noise")
+    seeds: int = option(1, "train so many at once, with seeds SEED, SEED + 1, ...")
     out: str = option("runs", "folder of runs; this one is OUT/<env>-s<seed>")
     eval: bool = option(False, "evaluate the saved run again, without training")
+    gif: str = option("", "film the saved run into this file: an episode that QGF solves beside BC's try")
     table: str = option("", "print the results of all runs in this folder, pooled, as Markdown; no more")
-    data: str = option("", "an .npz in OGBench's format; its own `rewards` and `masks` are used if there")
+    data: str = option("", "an .npz in OGBench's format, with `rewards` and `masks` of its own if there, or "
+                       "a folder of such slices")
+    swap: int = option(1000, "updates on a slice of --data FOLDER, while the next one is read")
     collect: int = option(0, "collect so many transitions with OGBench's play policies, do not download")
     # the algorithm
     horizon: int = option(5, "H, actions in a chunk, which is judged and executed as one")
@@ -271,16 +278,24 @@ def update(state, batch, key, cfg):
 
 @partial(jax.jit, static_argnames=("n", "cfg"), donate_argnames="state")
 def train(state, data, n, cfg):
-    """`n` updates in one compiled scan that draws its batches itself. -> State, dict of (n,) arrays
-
-    Many seeds at once: `jax.vmap(lambda state: train(state, data, n, cfg))(states)`.
-    """
+    """`n` updates in one compiled scan that draws its batches itself. -> State, dict of (n,) arrays"""
 
     def one(state, _):
         key_batch, key_update = jax.random.split(jax.random.fold_in(state.key, state.step))
-        return update(state, sample_batch(key_batch, data, cfg), key_update, cfg)
+        batch = sample_batch(key_batch, data, cfg)
+        if "batch" in jax.sharding.get_abstract_mesh().axis_names:  # devices share it, see `device_mesh`
+            batch = jax.lax.with_sharding_constraint(batch, PartitionSpec("batch"))
+        return update(state, batch, key_update, cfg)
 
     return jax.lax.scan(one, state, length=n)
+
+@partial(jax.jit, static_argnames=("n", "cfg"), donate_argnames="states")
+def train_seeds(states, data, n, cfg):
+    """`train` for a State of each seed (axis 0 of all arrays), on the same data. -> States, dict of (K, n)"""
+    if len(states.step) == 1:  # on a CPU, XLA multiplies batches of one matrix on one core only
+        state, info = train(jax.tree.map(lambda x: x[0], states), data, n, cfg)
+        return jax.tree.map(lambda x: x[None], (state, info))
+    return jax.vmap(lambda state: train(state, data, n, cfg))(states)
 
 
 # ---- 5 Guidance: each step of the flow is nudged by the critic ---------------------------------------------
@@ -401,9 +416,9 @@ def find_task(name, goal=""):
     short = base + (f"-{kind}" if kind not in (None, usual) else "") + ("-goal" if goal else task or "")
     return base, short, f"{base}-v0" if goal else env_id, f"{base}-{kind or usual}-v0", goal
 
-def make_env(env_id, goal):
+def make_env(env_id, goal, **options):
     """The environment; `goal`, if any, is how it gives its goals."""
-    options = dict(use_oracle_rep=goal == "oracle") if goal else {}
+    options |= dict(use_oracle_rep=goal == "oracle") if goal else {}
     return gymnasium.make(env_id, disable_env_checker=True, **options)
 
 @contextmanager
@@ -486,13 +501,18 @@ def play(base, episode, attempt=0):
     return data
 
 def find_dataset(cfg, base, dataset):
-    """-> path of the dataset and words on where it comes from; it is downloaded or collected if need be."""
+    """-> paths of the dataset and words on where it comes from; it is downloaded or collected if need be."""
     official, amount = DATA_DIR / f"{dataset}.npz", cfg.collect or COLLECT.get(base, 1_000_000)
     collected, n = DATA_DIR / f"{dataset}-collected-{amount}.npz", math.ceil(amount / 1000)
+    if Path(cfg.data or "?").is_dir():
+        slices = sorted(path for path in Path(cfg.data).glob("*.npz") if not path.stem.endswith("-val"))
+        if not slices:
+            raise UserError(f"{cfg.data} has no .npz in it: --data takes a file, or a folder of slices")
+        return slices, f"{len(slices)} slices given with --data"
     if cfg.data:
-        return Path(cfg.data), "given with --data"
+        return [Path(cfg.data)], "given with --data"
     if not cfg.collect and (official.exists() or not collected.exists() and download(dataset, official)):
-        return official, "OGBench's own"
+        return [official], "OGBench's own"
     if not collected.exists():
         if not (dataset.endswith("-play-v0") and base.startswith(("cube", "scene", "puzzle"))):
             raise UserError(f"no scripted policy makes {dataset}: give --data FILE, or put it at {official}")
@@ -504,7 +524,7 @@ def find_dataset(cfg, base, dataset):
             pool.shutdown(wait=False, cancel_futures=True)
         with atomic_write(collected) as file:
             np.savez(file, **{k: np.concatenate([e[k] for e in episodes]) for k in episodes[0]})
-    return collected, "collected with OGBench's play policies"
+    return [collected], "collected with OGBench's play policies"
 
 def load_dataset(path, env, goal=""):
     """Read a dataset for `env`. -> dict of numpy arrays: observations, actions, rewards, masks, ends, goals
@@ -545,20 +565,39 @@ def load_dataset(path, env, goal=""):
     data["ends"] = np.int32(last[np.searchsorted(last, np.arange(n))])
     return {k: data[k] for k in ("ends", *shapes) if k != "terminals"}
 
-def to_device(data, horizon):
+def to_device(data, horizon, sharding=None):
     """What `load_dataset` gives -> what `sample_batch` takes, on the device."""
     starts = np.flatnonzero(np.arange(len(data["ends"])) + horizon <= data["ends"])
     if len(starts) == 0:
         raise UserError(f"no trajectory is longer than the {horizon} actions of a chunk: lower --horizon")
-    return {k: jnp.asarray(v) for k, v in data.items()} | dict(starts=jnp.int32(starts))
+    return jax.device_put(data | dict(starts=np.int32(starts)), sharding)
+
+def stream(paths, load, cfg, step):
+    """From update `step` on, yield the slice for each cfg.swap updates, forever. -> path, load(path)
+
+    While one is trained on, a thread loads the next: at most two are in memory. Each pass over them has its
+    own order, from the seed alone, so that a run that goes on does so in the same slice.
+    """
+    def slice_at(step):
+        turn, i = divmod(step // cfg.swap, len(paths))
+        return paths[np.random.default_rng((cfg.seed, turn)).permutation(len(paths))[i]]
+
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(load, slice_at(step))
+        while True:
+            data = coming.result()
+            if len(paths) > 1:
+                coming = thread.submit(load, slice_at(step + cfg.swap))
+            yield slice_at(step), data
+            step += cfg.swap
 
 
 # ---- 7 Evaluation: a process a core, each with several environments that share a policy call --------------
 SLOTS = 8  # environments in a worker process
 CHOOSE, REPORT, LOOK = 1_000_000, 2_000_000, 3_000_000  # the first episode seed for each purpose
 
-Job = namedtuple("Job", "method weight seed")  # the method as `method_of` reads it
-Episode = namedtuple("Episode", "method weight seed success ret length")  # ret: sum of rewards, length: steps
+Job = namedtuple("Job", "run method weight seed")  # the run is <env>-s<seed>, the method as in `method_of`
+Episode = namedtuple("Episode", (*Job._fields, "success", "ret", "length"))  # ret: sum of rewards
 
 def method_of(name):
     """qgf-jacobian+score@4 -> its arguments for `sample_actions`, and N."""
@@ -610,27 +649,32 @@ def simulators(env_id, goal):
         for pool in pools:
             pool.shutdown(wait=False, cancel_futures=True)
 
+def sizes(nets):
+    """-> S and H*A of `acting_nets`."""
+    chunk = nets["policy"][-1]["b"].size
+    return nets["critic"][0]["w"].shape[1] - chunk, chunk
+
 def rollout(nets, processes, jobs, cfg, label):
-    """Run an episode for each Job in the processes of `simulators`. -> Episodes in that order
+    """Run an episode for each Job, with nets[job.run], in the processes of `simulators`. -> Episodes
 
     A free slot takes the next job at once, and no process waits for another. An episode's start and noise
     depend on its seed alone, so that rows of a table with the same seeds are paired.
     """
     queue, results = list(enumerate(jobs))[::-1], [None] * len(jobs)
-    chunk = nets["policy"][-1]["b"].size  # H*A
-    s_dim = nets["critic"][0]["w"].shape[1] - chunk
+    s_dim, chunk = sizes(next(iter(nets.values())))
 
     def drive():  # yields commands, and is sent the replies to them
         obs, running = np.zeros((SLOTS, s_dim), np.float32), [None] * SLOTS
         while True:
             commands = [None] * SLOTS
-            for method in {r[1].method for r in running if r}:
-                rows = [i for i in range(SLOTS) if running[i] and running[i][1].method == method]
-                how, n = method_of(method)
+            for policy in {r[1][:2] for r in running if r}:  # run and method
+                rows = [i for i in range(SLOTS) if running[i] and running[i][1][:2] == policy]
+                how, n = method_of(policy[1])
                 noise, w = np.zeros((SLOTS, n, chunk), np.float32), np.zeros(SLOTS, np.float32)
                 for i in rows:
                     noise[i], w[i] = running[i][2].standard_normal((n, chunk)), running[i][1].weight
-                actions = sample_actions(nets, obs, noise, w, **how, denoise_steps=cfg.denoise_steps)
+                T = cfg.denoise_steps
+                actions = sample_actions(nets[policy[0]], obs, noise, w, **how, denoise_steps=T)
                 actions = np.asarray(actions).reshape(SLOTS, cfg.horizon, -1)  # (SLOTS, H*A) -> (SLOTS, H, A)
                 for i in rows:
                     commands[i] = actions[i]
@@ -677,33 +721,46 @@ def operations(jaxpr, T):
 def cost(nets, method, cfg):
     """What a chunk costs. -> ms at batch 1, µs in a batch of 256 (medians), MFLOP (its matrix products)"""
     how, n = method_of(method)
-    chunk, result = nets["policy"][-1]["b"].size, {}
+    (s_dim, chunk), result = sizes(nets), {}
     sample = partial(sample_actions, **how, denoise_steps=cfg.denoise_steps)
     for B, unit in ((1, "ms_1"), (256, "us_256")):
-        s, a_0 = jnp.zeros((B, nets["critic"][0]["w"].shape[1] - chunk)), jnp.ones((B, n, chunk))
+        s, a_0 = jnp.zeros((B, s_dim)), jnp.ones((B, n, chunk))
         seconds = timeit.repeat(lambda: sample(nets, s, a_0, 0.01).block_until_ready(), number=1, repeat=22)
         result[unit] = np.median(seconds[2:]) / B * (1e3 if B == 1 else 1e6)  # the first two compile and warm
     result["mflop"] = operations(jax.make_jaxpr(sample)(nets, s, a_0, 0.01), cfg.denoise_steps) / B / 1e6
     return result
 
-def summary(episodes, costs={}):
-    """Episodes -> a dict for each method and weight: success with its Wilson interval, means, gain over BC.
+def bootstrap(runs):
+    """95 % interval of a mean over runs, each an array over episodes: draws runs, then episodes of each."""
+    rng, n = np.random.default_rng(0), len(runs)
+    means = [np.mean([rng.choice(runs[i], len(runs[i])).mean() for i in rng.integers(n, size=n)])
+             for _ in range(2000)]
+    return np.percentile(means, (2.5, 97.5))
 
-    The gain is paired by episode seed; its interval is the bootstrap's 95 % over episodes.
+def summary(episodes, costs={}):
+    """Episodes -> a dict for each method and weight: success and its interval, means, gain over BC.
+
+    The interval is Wilson's; with several runs (environments, seeds of training), whose success may differ
+    more than episodes do, it is widened to the bootstrap's. The gain is paired by run and episode seed.
     """
-    rows, base = [], {e.seed: e.success for e in episodes if e.method == "bc"}
-    for method, weight in dict.fromkeys(e[:2] for e in episodes):
-        ours = [e for e in episodes if e[:2] == (method, weight)]
+    rows, base = [], {(e.run, e.seed): e.success for e in episodes if e.method == "bc"}
+    for how in dict.fromkeys((e.method, e.weight) for e in episodes):
+        runs = {}
+        for e in (e for e in episodes if (e.method, e.weight) == how):
+            runs.setdefault(e.run, []).append(e)
+        ours = sum(runs.values(), [])
         n, wins = len(ours), sum(e.success for e in ours)
         low, high = binomtest(wins, n).proportion_ci(method="wilson")
-        row = dict(method=method, weight=weight, n=n, success=wins / n, low=low, high=high)
+        if len(runs) > 1:
+            ends = bootstrap([np.array([e.success for e in run]) for run in runs.values()])
+            low, high = min(low, ends[0]), max(high, ends[1])
+        row = dict(zip(("method", "weight"), how)) | dict(n=n, success=wins / n, low=low, high=high)
         row |= dict(ret=sum(e.ret for e in ours) / n, length=sum(e.length for e in ours) / n)
-        gains = np.array([e.success - base[e.seed] for e in ours if e.seed in base])
-        if method != "bc" and len(gains):
-            means = np.random.default_rng(0).choice(gains, (10_000, len(gains))).mean(axis=1)
-            ends = np.percentile(means, (2.5, 97.5))
-            row |= dict(gain=gains.mean(), gain_low=ends[0], gain_high=ends[1])
-        rows.append(row | costs.get(method, {}))
+        if how[0] != "bc" and all((e.run, e.seed) in base for e in ours):
+            gains = [np.array([e.success - base[e.run, e.seed] for e in run]) for run in runs.values()]
+            ends = bootstrap(gains)
+            row |= dict(gain=np.concatenate(gains).mean(), gain_low=ends[0], gain_high=ends[1])
+        rows.append(row | costs.get(how[0], {}))
     return rows
 
 def table(rows):
@@ -731,14 +788,19 @@ def best_weight(episodes):
     return max(summary(episodes), key=lambda r: (r["success"], r["ret"], -r["weight"]))["weight"]
 
 def evaluate(nets, env_id, cfg):
-    """For each method choose w, then run fresh episodes, the same for all. -> the Episodes of both"""
+    """For each method choose w, then run fresh episodes, the same for all. -> the Episodes of both
+
+    nets: `acting_nets` by run; one weight serves all of them.
+    """
     best = dict.fromkeys(("bc", *cfg.methods, *(["edp"] if cfg.edp else [])), 0.0)
     guided = [m for m in best if method_of(m)[0]["method"] not in ("bc", "edp")]
     with simulators(env_id, cfg.goal) as processes:
-        jobs = [Job(m, w, CHOOSE + i) for m in guided for w in cfg.weights for i in range(cfg.choose)]
+        seeds = range(CHOOSE, CHOOSE + cfg.choose)
+        jobs = [Job(run, m, w, i) for run in nets for m in guided for w in cfg.weights for i in seeds]
         choice = rollout(nets, processes, jobs, cfg, "choosing w")
         best |= {m: best_weight([e for e in choice if e.method == m]) for m in guided}
-        jobs = [Job(m, w, REPORT + i) for m, w in best.items() for i in range(cfg.episodes)]
+        seeds = range(REPORT, REPORT + cfg.episodes)
+        jobs = [Job(run, m, w, i) for run in nets for m, w in best.items() for i in seeds]
         return choice, rollout(nets, processes, jobs, cfg, "reporting")
 
 
@@ -746,7 +808,18 @@ def evaluate(nets, env_id, cfg):
 CHUNK = 100  # updates in a compiled call
 LOSSES = ("flow_loss", "critic_loss", "value_loss", "q", "v")
 # the settings that may change when a run goes on
-FREE = "out eval table data collect updates methods weights choose episodes watch".split()
+FREE = "preset out eval gif table data swap collect updates methods weights choose episodes watch".split()
+
+def init_seeds(s_dim, a_dim, unseen, cfg):
+    """The State of each of cfg.seeds seeds, as `init_state` gives it: all arrays stacked on axis 0."""
+    keys = [jax.random.PRNGKey(cfg.seed + k) for k in range(cfg.seeds)]
+    return jax.tree.map(lambda *x: jnp.stack(x), *[init_state(k, s_dim, a_dim, cfg, unseen) for k in keys])
+
+def device_mesh(seeds, batch_size, devices):
+    """A mesh (seed, batch) of devices: they share the seeds or, if there are too few, the batch of each."""
+    n = math.gcd(seeds, len(devices))
+    m = math.gcd(batch_size, len(devices) // n)
+    return jax.make_mesh((n, m), ("seed", "batch"), (AxisType.Auto, AxisType.Auto), devices=devices[: n * m])
 
 def named_leaves(state):
     """The arrays of a State by names such as params/critic/0/w."""
@@ -758,72 +831,39 @@ def write_csv(path, rows):
     with atomic_write(path, "w") as file:
         csv.writer(file).writerows(rows)
 
-def save_run(folder, state, metrics, record):
-    """Write checkpoint.npz (state and record, no pickle) and metrics.csv, atomically; refuses NaN and Inf."""
-    arrays = {k: np.asarray(v) for k, v in named_leaves(state).items()}
+def save_run(folder, states, metrics, record):
+    """Write checkpoint.npz (states and record, no pickle) and two files to read; refuses NaN and Inf."""
+    arrays = {k: np.asarray(v) for k, v in named_leaves(states).items()}
     for k, v in arrays.items():
         if not np.isfinite(v).all():
-            raise UserError(f"{k} is NaN at update {state.step}; {folder} keeps the last good checkpoint")
+            raise UserError(f"{k} is NaN at update {states.step[0]}; {folder} keeps the last good checkpoint")
     with atomic_write(folder / "checkpoint.npz") as file:
         np.savez(file, record=json.dumps(record), **arrays)
-    write_csv(folder / "metrics.csv", [("step", *LOSSES), *metrics])
+    write_csv(folder / "metrics.csv", [("step", "seed", *LOSSES), *metrics])
+    with atomic_write(folder / "config.json", "w") as file:
+        json.dump(record, file, indent=1)
 
 def load_run(folder, given):
-    """-> State (numpy arrays), record; UserError if they are not whole, or not of the settings `given`."""
+    """-> States (numpy arrays), record; UserError if they are not whole, or not of the settings `given`."""
     path = folder / "checkpoint.npz"
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
         record = json.loads(str(arrays["record"]))
         cfg = Config(**record["config"] | dict(weights=(), methods=()))  # lists in JSON
-        sizes = record["s_dim"], record["a_dim"], cfg, record.get("unseen", 0)
-        state = jax.eval_shape(lambda: init_state(jax.random.PRNGKey(0), *sizes))
-        for name, leaf in named_leaves(state).items():
+        states = jax.eval_shape(lambda: init_seeds(*record["sizes"], cfg))
+        for name, leaf in named_leaves(states).items():
             if arrays[name].shape != leaf.shape:
                 raise ValueError(f"{name} has shape {arrays[name].shape}, expected {leaf.shape}")
     except FileNotFoundError:
-        raise UserError(f"there is no {path} to evaluate: train first, without --eval") from None
+        raise UserError(f"there is no {path} to evaluate: train first, without --eval or --gif") from None
     except Exception as e:
         raise UserError(f"{path} is no whole checkpoint ({e!r}): move it away to start again") from None
     fixed = {k: v for k, v in record["config"].items() if k not in FREE}
     differ = [f"--{k.replace('_', '-')} {v}" for k, v in fixed.items() if v != given.get(k, v)]
     if differ:
         raise UserError(f"{folder} holds a run with {' '.join(differ)}: ask for that, or another --out")
-    return jax.tree.unflatten(jax.tree.structure(state), [arrays[k] for k in named_leaves(state)]), record
-
-def pooled(folder):
-    """All finished runs in a folder. -> lines of a Markdown table: success of each method, by environment
-
-    The mean over runs and its paired gain over BC have the bootstrap's 95 % interval: it draws runs (that is
-    environments and seeds of training), and then episodes of each.
-    """
-    wins, rng = {}, np.random.default_rng(0)  # wins[method][run][episode seed]: success
-    for path in sorted(Path(folder).glob("*/episodes.csv")):
-        with open(path) as file:
-            for r in csv.DictReader(file):
-                if r["purpose"] == "report":
-                    runs = wins.setdefault(r["method"], {})
-                    runs.setdefault(path.parent.name, {})[r["seed"]] = float(r["success"] == "True")
-    if "bc" not in wins:
-        raise UserError(f"no finished run in {folder}: each has its folder there, with an episodes.csv")
-
-    def interval(runs):  # a list of successes for each run -> text
-        some = [rng.integers(len(runs), size=len(runs)) for _ in range(1000)]
-        means = [np.mean([rng.choice(runs[i], len(runs[i])).mean() for i in draw]) for draw in some]
-        ends = np.percentile(means, (2.5, 97.5))
-        return f"{np.mean([np.mean(r) for r in runs]):.2f} [{ends[0]:.2f}, {ends[1]:.2f}]"
-
-    envs = sorted({run.rsplit("-s", 1)[0] for run in wins["bc"]})
-    lines = [["method", *envs, "all", "− bc, paired"], ["---"] * (len(envs) + 3)]
-    for method, runs in wins.items():
-        means = [[np.mean([*won.values()]) for run, won in runs.items() if run.rsplit("-s", 1)[0] == env]
-                 for env in envs]
-        gains = [[won[e] - wins["bc"][run][e] for e in won] for run, won in runs.items()]
-        lines.append([method, *(f"{np.mean(m):.2f}" if m else "" for m in means)])
-        lines[-1] += [interval([[*won.values()] for won in runs.values()])]
-        lines[-1] += [interval(gains) if method != "bc" else ""]
-    n = [len(won) for won in wins["bc"].values()]
-    return [f"| {' | '.join(cells)} |" for cells in lines] + [f"\n{len(n)} runs, {sum(n)} episodes in a row"]
+    return jax.tree.unflatten(jax.tree.structure(states), [arrays[k] for k in named_leaves(states)]), record
 
 @contextmanager
 def gentle_stop():
@@ -838,44 +878,160 @@ def gentle_stop():
         for s, handler in zip(signals, old):
             signal.signal(s, handler)
 
-def fit(state, data, folder, record, cfg, env_id):
-    """Train to cfg.updates; save each minute and at the end, look at a few episodes now and then. -> State
+def nets_by_run(states, short, cfg):
+    """`acting_nets` of each seed, by the name of its run, <env>-s<seed>."""
+    nets = jax.device_get(acting_nets(states))
+    return {f"{short}-s{cfg.seed + k}": jax.device_put(jax.tree.map(lambda x: x[k], nets))
+            for k in range(cfg.seeds)}
+
+def look(nets, env_id, cfg):
+    """A few episodes of the first run, as lines of a table, to watch a long training."""
+    run = next(iter(nets))
+    with simulators(env_id, cfg.goal) as processes:
+        tried = [("bc", 0.0), *(("qgf", w) for w in cfg.weights)]
+        jobs = [Job(run, *how, LOOK + i) for how in tried for i in range(5)]
+        return table(summary(rollout(nets, processes, jobs, cfg, "a look")))
+
+def fit(states, slices, folder, record, cfg, short, env_id):
+    """Train to cfg.updates on what `stream` yields; save each minute and at the end. -> States
 
     The first Ctrl-C (or SIGTERM) ends the run after the chunk in hand, and saves; the second ends it at once.
     """
-    metrics, step = [], int(state.step)
+    metrics, step = [], int(states.step[0])
     if step:  # after a kill, metrics.csv can be ahead of the checkpoint
         with open(folder / "metrics.csv") as file:
             metrics = [row for row in list(csv.reader(file))[1:] if int(row[0]) <= step]
+    path, data = next(slices)
+    describe(record["data"], data, cfg.goal)
+    record["seen"][path.name] = len(data["ends"])
+    print(f"plan    updates {step} to {cfg.updates}", flush=True)
     saved = looked = time.monotonic()
     bar = progress(total=cfg.updates, initial=step, desc="training", unit=" updates")
     with gentle_stop() as stop, bar:
         while step < cfg.updates and not stop:
-            state, info = train(state, data, min(CHUNK, cfg.updates - step), cfg)
-            losses = np.array([info[k] for k in LOSSES])  # (5, CHUNK): the one wait for the device
-            finite = np.isfinite(losses).all(axis=0)
+            n = min(CHUNK, cfg.updates - step, cfg.swap - step % cfg.swap)
+            states, info = train_seeds(states, data, n, cfg)
+            losses = np.array([info[k] for k in LOSSES])  # (5, K, n): the one wait for the device
+            finite = np.isfinite(losses).all(axis=(0, 1))
             if not finite.all():
                 where = f"at update {step + 1 + finite.argmin()}; {folder} keeps the last good checkpoint"
                 raise UserError(f"a loss is NaN or Inf {where}. Start again with a smaller --lr")
             if step == bar.initial:
                 bar.start_t = bar.last_print_t = time.time()  # the first chunk compiled: time from its end
-            step += losses.shape[1]
-            metrics.append([step, *(f"{x:.6g}" for x in losses.mean(axis=1))])
+            step += n
+            for k, means in enumerate(losses.mean(axis=2).T):  # (5, K, n) -> (K, 5)
+                metrics.append([step, cfg.seed + k, *(f"{x:.6g}" for x in means)])
             bar.update(step - bar.n)
+            if step % cfg.swap == 0 and step < cfg.updates:
+                data = None  # lets go of its memory
+                try:
+                    path, data = next(slices)
+                except UserError:
+                    save_run(folder, states, metrics, record)
+                    raise
+                record["seen"][path.name] = len(data["ends"])
             if time.monotonic() - saved > 60:
-                save_run(folder, state, metrics, record)
+                save_run(folder, states, metrics, record)
                 saved = time.monotonic()
             if time.monotonic() - looked > 60 * cfg.watch:
-                with simulators(env_id, cfg.goal) as processes:
-                    tried = [("bc", 0.0), *(("qgf", w) for w in cfg.weights)]
-                    jobs = [Job(*how, LOOK + i) for how in tried for i in range(5)]
-                    look = rollout(acting_nets(state), processes, jobs, cfg, "a look")
-                bar.write("\n".join([f"after {step} updates", *table(summary(look))]))
+                lines = look(nets_by_run(states, short, cfg), env_id, cfg)
+                bar.write("\n".join([f"after {step} updates", *lines]))
                 looked = time.monotonic()
-        save_run(folder, state, metrics, record)
+        save_run(folder, states, metrics, record)
     if stop:
         raise UserError(f"stopped at update {step}, saved in {folder}; the same command goes on")
-    return state
+    return states
+
+def read_episodes(folder):
+    """episodes.csv of a run. -> Episodes that chose a weight, Episodes that are reported"""
+    both = dict(choose=[], report=[])
+    try:
+        with open(folder / "episodes.csv") as file:
+            for r in csv.DictReader(file):
+                how = r["run"], r["method"], float(r["weight"]), int(r["seed"])
+                e = Episode(*how, r["success"] == "True", float(r["ret"]), int(r["length"]))
+                both[r["purpose"]].append(e)
+    except (FileNotFoundError, KeyError) as e:
+        raise UserError(f"{folder} has no episodes.csv of this version ({e!r}): evaluate it again") from None
+    return both["choose"], both["report"]
+
+def pooled(folder):
+    """All finished runs in a folder. -> lines of a Markdown table, with the paper's figures
+
+    A row is a method; a column is a family of environments, its runs being tasks and seeds of training.
+    """
+    fresh, costs, families = [], {}, {}
+    for path in sorted(Path(folder).glob("*/episodes.csv")):
+        fresh += read_episodes(path.parent)[1]
+        with open(path.with_name("table.csv")) as file:
+            for r in csv.DictReader(file):
+                costs.setdefault(r["method"], []).append([float(r[k]) for k in ("ms_1", "us_256", "mflop")])
+    if not fresh:
+        raise UserError(f"no finished run in {folder}: each has its folder there, with an episodes.csv")
+    weights = {m: sorted({e.weight for e in fresh if e.method == m}) for m in costs}
+    for e in fresh:
+        families.setdefault(re.sub(r"(-task\d)?-s\d+$", "", e.run), []).append(e._replace(weight=0))
+    columns = {f: {r["method"]: r for r in summary(episodes)} for f, episodes in families.items()}
+    if len(families) > 1:
+        columns["all"] = {r["method"]: r for r in summary(sum(families.values(), []))}
+    lines = [["method", "w", *columns, "− bc, paired", "ms, batch 1", "µs, batch 256", "MFLOP", "paper, %"]]
+    lines.append(["---"] * len(lines[0]))
+    for method in costs:
+        ends = dict.fromkeys(f"{w:g}" for w in (weights[method][0], weights[method][-1]) if w)
+        paper = dict(zip(PAPER_FAMILIES, PAPER_RESULTS.get(method, ())))
+        lines.append([f"`{method}`", " to ".join(ends)])
+        for family, rows in columns.items():
+            r = rows.get(method)
+            lines[-1].append("{success:.2f} [{low:.2f}, {high:.2f}]".format(**r) if r else "")
+            lines[-1][-1] += f", paper {paper[family] / 100:.2f}" if family in paper else ""
+        gain = "{gain:.2f} [{gain_low:.2f}, {gain_high:.2f}]" if r and "gain" in r else ""
+        mean = paper.get("all-goal" if all(f.endswith("-goal") for f in families) else "all-single", "")
+        cost = [f"{x:.3g}" for x in np.median(costs[method], axis=0)]
+        lines[-1] += [gain.format(**r or {}), *cost, str(mean)]
+    n = len({e.run for e in fresh}), sum(e.method == "bc" for e in fresh)
+    lines = [f"| {' | '.join(cells)} |" for cells in lines]
+    return [*lines, f"\n{n[0]} runs, {n[1]} episodes in a row"]
+
+def film(nets, folder, env_id, cfg):
+    """Film an episode that the first run's QGF solved beside BC's try, from the same start, into cfg.gif."""
+    run, fresh = next(iter(nets)), read_episodes(folder)[1]
+    failed = {e.seed for e in fresh if e.run == run and e.method == "bc" and not e.success}
+    solved = [e for e in fresh if e.run == run and e.method == "qgf" and e.success and e.seed in failed]
+    if not solved:
+        raise UserError(f"{folder} has no episode that QGF solved and BC did not: evaluate more, or retrain")
+    frames = []
+
+    class Camera(gymnasium.Wrapper):
+        def step(self, action):
+            frames.append(self.unwrapped.render())
+            return super().step(action)
+
+    slot(env_id, cfg.goal, 0)["env"] = env = Camera(make_env(env_id, cfg.goal, width=320, height=320))
+    env.reset()
+    try:
+        env.unwrapped.render()
+    except Exception as e:
+        raise UserError(f"cannot render here ({e!r}): put MUJOCO_GL=egl or MUJOCO_GL=osmesa before the "
+                        "command, with Mesa's libegl1 or libosmesa6 installed") from None
+    def process(commands):  # as those of `simulators`, but here, in front of the camera
+        done = Future()
+        done.set_result(act(env_id, cfg.goal, commands))
+        return done
+    clips = []
+    for method, w in (("bc", 0.0), ("qgf", solved[0].weight)):
+        [e] = rollout(nets, [process], [Job(run, method, w, solved[0].seed)], cfg, f"filming {method}")
+        words = f"{method}, w = {w:g}: {'solved' if e.success else 'not solved'} in {e.length} steps"
+        clips.append((words, frames[::3]))
+        frames.clear()
+    images = []
+    for i in range(max(len(frames) for _, frames in clips) + 15):  # the last frame stays a while
+        pair = [Image.fromarray(frames[min(i, len(frames) - 1)]) for _, frames in clips]
+        for image, (words, _) in zip(pair, clips):
+            ImageDraw.Draw(image).text((6, 4), words, "white", stroke_width=1, stroke_fill="black")
+        images.append(Image.fromarray(np.concatenate(pair, axis=1)).quantize(64))
+    with atomic_write(Path(cfg.gif)) as file:
+        images[0].save(file, "GIF", save_all=True, append_images=images[1:], duration=80, loop=0)
+    print(f"saved in {cfg.gif}")
 
 
 # ---- 9 main ------------------------------------------------------------------------------------------------
@@ -884,6 +1040,25 @@ FAMILY = {  # where the defaults of Config do not serve
     "cube-single-goal": dict(updates=20_000, episodes=100),
 }
 MINUTES = {"cube-single": 6, "cube-double": 50, "cube-single-goal": 8}  # to the table, on two CPU cores
+PAPER = dict(updates=500_000, batch_size=1024, width=1024, depth=4, lr=3e-4, discount=0.999)
+# goals: the paper's 1 to 10 are for DQC's Q = γ^k in [0, 1], which is 1 + (1-γ) Q with rewards of -1 as here
+PAPER_GOAL = PAPER | dict(updates=1_000_000, batch_size=4096, weights=(0.001, 0.002, 0.005, 0.01))
+PAPER_WEIGHTS = {  # around the peaks of the paper's sweep
+    "cube-triple": (0.02, 0.04, 0.06, 0.08), "cube-quadruple": (0.01, 0.02, 0.04, 0.06),
+    "puzzle-4x4": (0.004, 0.008, 0.01, 0.02), "scene": (0.04, 0.06, 0.08, 0.1),
+}
+PAPER_FAMILIES = ("cube-triple", "cube-quadruple", "puzzle-4x4", "scene", "all-single", "puzzle-4x5-goal",
+                  "cube-triple-goal", "cube-quadruple-goal", "puzzle-4x6-goal", "cube-octuple-goal",
+                  "all-goal")
+PAPER_RESULTS = {  # success in %, measured off its figures, ± 0.2
+    "qgf": (70.1, 6.9, 47.6, 87.0, 52.9, 55.4, 67.3, 54.1, 83.0, 12.9, 54.5),
+    "qgf-jacobian": (62.1, 9.9, 33.1, 88.4, 48.4, 19.5, 33.6, 35.1, 73.8, 7.9, 34.0),
+    "qfql": (50.3, 3.9, 33.9, 86.9, 43.8, 81.5, 36.2, 18.2, 81.1, 0.3, 43.5),
+    "bptt": (60.7, 8.2, 18.3, 68.3, 38.9, 18.0, 17.9, 23.1, 72.2, 5.0, 27.2),
+    "gradstep": (18.5, 0.4, 7.2, 20.9, 11.7), "edp": (74.3, 13.8, 38.2, 78.1, 51.1),
+    "bc@4": (56.9, 3.5, 17.8, 96.5, 43.7), "bc@16": (76.3, 11.1, 45.5, 98.1, 57.8),
+    "qgf@4": (79.1, 12.5, 45.3, 96.6, 58.4),
+}
 
 def parse(argv):
     """The options given on the command line, by field of Config."""
@@ -894,21 +1069,41 @@ def parse(argv):
             kind = dict(type=type(f.default[0]), nargs="+", metavar="X")
         if f.name == "goal":
             kind = dict(nargs="?", choices=("oracle", "state"), const="oracle")
+        if f.name == "preset":
+            kind = dict(choices=("paper",))
         help = f"{f.metadata['help']} [{f.default}]"
         parser.add_argument(f"--{f.name.replace('_', '-')}", help=help, **kind)
     given = vars(parser.parse_args(argv))
     for name, v in given.items():
         low = 0 if name in ("seed", "collect", "edp") else 1e-9
         high = 1 if name in ("discount", "expectile", "target_rate") else math.inf
-        text = name in ("env", "out", "table", "data", "goal", "methods")
+        text = isinstance(v, str) or name == "methods"
         if not text and not low <= np.min(v) <= np.max(v) <= high:
             raise UserError(f"--{name.replace('_', '-')} {v} is out of range")
     return given
 
+def defaults(base, goal, preset):
+    """The settings of an environment's family: Config's own, or FAMILY's, or the paper's."""
+    family = f"{base}-goal" if goal else base
+    paper = PAPER_GOAL if goal else PAPER | dict(weights=PAPER_WEIGHTS.get(base, Config.weights))
+    return asdict(Config()) | (paper if preset else FAMILY.get(family, {}))
+
+def describe(source, data, goal):
+    """Print what a dataset, as of `to_device`, is."""
+    r, ends, masks = (np.asarray(data[k]) for k in ("rewards", "ends", "masks"))
+    kinds = ("observations", "actions") + ("goals",) * bool(goal)
+    shapes = ", ".join(f"{k} {data[k].shape[1]}" for k in kinds)
+    n, solved = len(np.unique(ends)), masks == 0
+    print(f"data    {source}\n        {len(r) - n:,} transitions in {n:,} trajectories; {shapes}")
+    if not goal:
+        print(f"        rewards {r.min():g} to {r.max():g}; solved in {solved.mean():.2%} of the states, "
+              f"{len(set(ends[solved]))} of the trajectories")
+
 def report(folder, title, nets, env_id, cfg):
-    """Evaluate; write episodes.csv and table.csv, and print what they say."""
+    """Evaluate `acting_nets` by run; write episodes.csv and table.csv, and print what they say."""
     choice, fresh = evaluate(nets, env_id, cfg)
-    rows = summary(fresh, {m: cost(nets, m, cfg) for m in dict.fromkeys(e.method for e in fresh)})
+    first = next(iter(nets.values()))
+    rows = summary(fresh, {m: cost(first, m, cfg) for m in dict.fromkeys(e.method for e in fresh)})
     episodes = [("choose", *e) for e in choice] + [("report", *e) for e in fresh]
     write_csv(folder / "episodes.csv", [("purpose", *Episode._fields), *episodes])
     columns = list(dict.fromkeys(k for r in rows for k in r))
@@ -919,61 +1114,69 @@ def report(folder, title, nets, env_id, cfg):
     print(f"\n{title}, fresh episodes", *table(rows), sep="\n")
     print("did guidance help?", *(verdict(r) for r in rows if "gain" in r), f"saved in {folder}", sep="\n")
 
+def fingerprint(paths):
+    """What tells whether data are the same: a file's SHA-256, or the names of many slices."""
+    if len(paths) > 1:
+        return " ".join(path.name for path in paths)
+    with open(paths[0], "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+def learn(states, record, folder, names, cfg):
+    """Train States, saved ones with their record or else new ones, on what data there are. -> States"""
+    base, short, env_id, dataset, goal = names
+    folder.mkdir(parents=True, exist_ok=True)  # if it cannot be written, now is the time to know
+    family = f"{base}-goal" if goal else base
+    known = f"about {MINUTES[family]} minutes" if family in MINUTES and not cfg.preset else "not known"
+    print(f"time    {known} for these defaults, from nothing on two CPU cores", flush=True)
+    paths, origin = find_dataset(cfg, base, dataset)
+    mark, env = fingerprint(paths), make_env(env_id, goal)
+    if record and mark != record["fingerprint"]:
+        raise UserError(f"{folder} was trained on other data, {record['data']}: choose another --out")
+    if not record:
+        g_dim = env.reset(options=dict(task_id=1))[1]["goal"].size if goal else 0
+        s_dim, a_dim = env.observation_space.shape[0] + g_dim, env.action_space.shape[0]
+        packages = ("jax", "jaxlib", "optax", "numpy", "ogbench", "gymnasium", "mujoco")
+        versions = {p: version(p) for p in packages} | dict(python=platform.python_version())
+        record = dict(sizes=(s_dim, a_dim, 0 if cfg.goal_flow else g_dim), seen={}, versions=versions)
+        record |= dict(data=f"{Path(cfg.data or paths[0])}: {origin}", fingerprint=mark)
+        states = init_seeds(*record["sizes"], cfg)
+    record["config"] = asdict(cfg)
+    counts = (f"{k} {sum(x[0].size for x in jax.tree.leaves(v)):,}" for k, v in states.params.items())
+    print(f"nets    {', '.join(counts)} parameters, for each of {cfg.seeds} seeds")
+    mesh = device_mesh(cfg.seeds, cfg.batch_size, jax.devices())
+    everywhere, by_seed = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("seed",)))
+    load = lambda path: to_device(load_dataset(path, env, goal), cfg.horizon, everywhere)
+    slices = stream(paths, load, cfg, int(states.step[0]))
+    with jax.set_mesh(mesh):
+        return fit(jax.device_put(states, by_seed), slices, folder, record, cfg, short, env_id)
+
 def run(given):
     """A whole run, from the given options to the table."""
     if given.get("table"):
         return print(*pooled(given["table"]), sep="\n")
     names = find_task(given.get("env", Config.env), given.get("goal", Config.goal))
-    base, short, env_id, dataset, goal = names
+    base, short, env_id, _, goal = names
     given |= dict(env=base if goal else short, goal=goal)
     folder = Path(given.get("out", Config.out)) / f"{short}-s{given.get('seed', Config.seed)}"
-    family, saved = f"{base}-goal" if goal else base, (folder / "checkpoint.npz").exists()
-    settings = asdict(Config()) | FAMILY.get(family, {})
-    if given.get("eval"):
-        state, record = load_run(folder, given)
+    settings, states, record = defaults(base, goal, given.get("preset")), None, {}
+    if given.get("eval") or given.get("gif"):
+        states, record = load_run(folder, given)
         settings = record["config"]
-    elif saved:
-        state, record = load_run(folder, settings | given)
+    elif (folder / "checkpoint.npz").exists():
+        states, record = load_run(folder, settings | given)
     cfg = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in (settings | given).items()})
     if "edp" in [method_of(m)[0]["method"] for m in cfg.methods] and not cfg.edp:
         raise UserError("edp is a policy of its own, which this run does not train: train one with --edp 100")
-    print(f"qgf     {env_id}, seed {cfg.seed} -> {folder}")
-    print(f"device  {jax.devices()[0].device_kind}, {CORES} CPU cores, jax {jax.__version__}")
-    if not cfg.eval:
-        folder.mkdir(parents=True, exist_ok=True)  # if it cannot be written, now is the time to know
-        known = f"about {MINUTES[family]} minutes" if family in MINUTES else "not known for this family"
-        print(f"time    {known}, from nothing on two CPU cores by default", flush=True)
-        path, origin = find_dataset(cfg, base, dataset)
-        data = load_dataset(path, make_env(env_id, goal), goal)
-        s_dim, a_dim = data["observations"].shape[1], data["actions"].shape[1]
-        g_dim = data["goals"].shape[1] if goal else 0
-        solved, ends, r = data["masks"] == 0, np.unique(data["ends"]), data["rewards"]
-        mark = hashlib.sha256()
-        for k in sorted(data):
-            mark.update(data[k])
-        print(f"data    {path}: {origin}")
-        print(f"        {len(r) - len(ends):,} transitions in {len(ends):,} trajectories; states {s_dim}"
-              f", actions {a_dim}{f', goals {g_dim}' * bool(goal)}")
-        if not goal:
-            print(f"        rewards {r.min():g} to {r.max():g}; solved in {solved.mean():.2%} of the states, "
-                  f"{len(set(data['ends'][solved]))} of the trajectories")
-        if not saved:
-            unseen = 0 if cfg.goal_flow else g_dim
-            state = init_state(jax.random.PRNGKey(cfg.seed), s_dim + g_dim, a_dim, cfg, unseen)
-            packages = ("jax", "jaxlib", "optax", "numpy", "ogbench", "gymnasium", "mujoco")
-            versions = {p: version(p) for p in packages} | dict(python=platform.python_version())
-            record = dict(s_dim=s_dim + g_dim, a_dim=a_dim, unseen=unseen)
-            record |= dict(data=f"{path}: {origin}", fingerprint=mark.hexdigest())
-            record |= dict(versions=versions)
-        elif mark.hexdigest() != record["fingerprint"]:
-            raise UserError(f"{folder} was trained on other data, {record['data']}: choose another --out")
-        record["config"] = asdict(cfg)
-        with atomic_write(folder / "config.json", "w") as file:
-            json.dump(record, file, indent=1)
-        sizes = ", ".join(f"{k} {sum(x.size for x in jax.tree.leaves(v)):,}" for k, v in state.params.items())
-        print(f"nets    {sizes} parameters\nplan    updates {state.step} to {cfg.updates}", flush=True)
-        state = fit(state, to_device(data, cfg.horizon), folder, record, cfg, env_id)
-    report(folder, f"{short} after {state.step} updates", jax.device_put(acting_nets(state)), env_id, cfg)
+    changed = [f"{k} {v}" for k, v in asdict(cfg).items() if v != getattr(Config, k)]
+    print(f"qgf     {env_id}, seed {cfg.seed} -> {folder}\nconfig  {', '.join(changed)}")
+    devices = f"{jax.device_count()} of {jax.devices()[0].device_kind}"
+    print(f"device  {devices}, {CORES} CPU cores, jax {jax.__version__}")
+    if not (cfg.eval or cfg.gif):
+        states = learn(states, record, folder, names, cfg)
+    nets = nets_by_run(states, short, cfg)
+    if cfg.gif:
+        return film(nets, folder, env_id, cfg)
+    report(folder, f"{short} after {states.step[0]} updates", nets, env_id, cfg)
 
 def main(argv=None):
     """The command line. -> exit status"""

@@ -3,6 +3,7 @@
 
 import errno
 import http.server
+import itertools
 import json
 import math
 import os
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 import types
+import weakref
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
@@ -24,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import ogbench
 import pytest
+from PIL import Image, ImageSequence
 from scipy.integrate import quad, solve_ivp
 from scipy.stats import norm
 
@@ -356,17 +359,52 @@ def test_scanned_updates_equal_single_updates_however_they_are_grouped():
     assert int(scanned.step) == int(single.step) == 6
 
 
-def test_vmapped_seeds_differ_and_equal_single_runs():
-    keys = jax.random.split(KEY, 3)
-    states = jax.vmap(lambda k: qgf.init_state(k, S, A, CFG))(keys)
-    states, info = jax.vmap(lambda state: qgf.train(state, DATA, 3, CFG))(states)
+def assert_close(a, b):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), a, b)
+
+
+def test_seeds_trained_at_once_differ_and_equal_single_runs():
+    cfg = replace(CFG, seed=5, seeds=3)
+    states, info = qgf.train_seeds(qgf.init_seeds(S, A, 0, cfg), DATA, 3, cfg)
     assert len({float(x) for x in info["flow_loss"][:, 0]}) == 3  # other batches, other noise
-    for i, key in enumerate(keys):
-        alone, _ = qgf.train(qgf.init_state(key, S, A, CFG), DATA, 3, CFG)
-        ours = jax.tree.map(lambda x: x[i], states.params)  # noqa: B023
-        jax.tree.map(
-            lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), ours, alone.params
-        )
+    for i in range(3):
+        alone, _ = qgf.train(qgf.init_state(jax.random.PRNGKey(5 + i), S, A, cfg), DATA, 3, cfg)
+        assert_close(jax.tree.map(lambda x: x[i], states.params), alone.params)  # noqa: B023
+    one = replace(cfg, seed=7, seeds=1)
+    states, info = qgf.train_seeds(qgf.init_seeds(S, A, 0, one), DATA, 3, one)
+    assert_same(jax.tree.map(lambda x: x[0], states), alone)  # a single seed is no other program
+
+
+ON_TWO_DEVICES = """
+import sys, jax, numpy as np
+sys.path.insert(0, sys.argv[1])
+import test_qgf as t
+from qgf import *
+for seeds, shape in ((4, (2, 1)), (1, (1, 2))):
+    cfg, ends = t.replace(t.CFG, seeds=seeds), []
+    for devices in (jax.devices()[:1], jax.devices()):
+        mesh = device_mesh(seeds, cfg.batch_size, devices)
+        by_seed, everywhere = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("seed",), ()))
+        states = jax.device_put(init_seeds(t.S, t.A, 0, cfg), by_seed)
+        data = to_device(t.random_data(), cfg.horizon, everywhere)
+        with jax.set_mesh(mesh):
+            program = train_seeds.lower(states, data, 4, cfg).compile()
+            ends.append(program(states, data))
+    assert mesh.devices.shape == shape, mesh
+    # seeds need not talk; the halves of a batch have their gradients added up
+    assert ("all-reduce(" in program.as_text()) == (shape[1] == 2), seeds
+    kernel = ends[1][0].params["policy"][0]["w"]
+    assert {s.data.shape[0] for s in kernel.addressable_shards} == {seeds // shape[0]}
+    t.assert_close(*(jax.device_get(end) for end in ends))
+print("the same")
+"""
+
+
+def test_two_devices_share_the_seeds_or_a_batch_and_find_the_same():
+    env = os.environ | dict(XLA_FLAGS="--xla_force_host_platform_device_count=2")
+    command = [sys.executable, "-c", ON_TWO_DEVICES, str(Path(qgf.__file__).parent)]
+    p = subprocess.run(command, env=env, text=True, capture_output=True)
+    assert p.stdout == "the same\n", p.stderr
 
 
 @pytest.fixture(scope="session")
@@ -672,8 +710,8 @@ def test_names_of_tasks():
     assert qgf.find_task("antmaze-large")[3] == "antmaze-large-navigate-v0"
 
 
-def episodes_of(method, weight, wins, n=50):
-    return [qgf.Episode(method, weight, i, i < wins, -10.0 * weight, 100) for i in range(n)]
+def episodes_of(method, weight, wins, n=50, run="cube-single-s0"):
+    return [qgf.Episode(run, method, weight, i, i < wins, -10.0 * weight, 100) for i in range(n)]
 
 
 def test_choice_of_the_weight():
@@ -700,6 +738,38 @@ def test_summary_and_table_have_wilsons_interval_and_the_paired_gain():
         assert qgf.verdict(rows[1]).startswith(words)
     lines = qgf.table(qgf.summary(bc + guided))
     assert lines[2].split()[:4] == ["qgf", "0.1", "50", "0.80"] and "+0.60 [+0." in lines[2]
+
+
+def test_the_interval_over_several_runs_is_that_of_runs_and_episodes():
+    runs = [episodes_of("bc", 0.0, w, 200, f"cube-single-s{i}") for i, w in enumerate((60, 90, 120, 140))]
+    row = qgf.summary(sum(runs, []))[0]
+    p = np.array([0.3, 0.45, 0.6, 0.7])  # the variance of a mean of four, in two stages
+    half = 1.96 * math.sqrt(p.var() / 4 + (p * (1 - p)).mean() / 800)
+    assert row["n"] == 800 and row["success"] == pytest.approx(p.mean())
+    assert (row["low"], row["high"]) == pytest.approx((p.mean() - half, p.mean() + half), abs=0.015)
+    alike = sum((episodes_of("bc", 0.0, 0, 25, f"cube-single-s{i}") for i in range(4)), [])
+    assert qgf.summary(alike)[0]["high"] > 0.03  # of 0 in 100, where a bootstrap would say 0
+
+
+def test_the_pooled_table_is_that_of_its_episodes(tmp_path):
+    wins = {"cube-triple-task1-s0": (3, 9), "cube-triple-task2-s4": (1, 7), "scene-s0": (0, 10)}
+    for run, (bc, guided) in wins.items():
+        (tmp_path / run).mkdir()
+        episodes = episodes_of("bc", 0.0, bc, 10, run) + episodes_of("qgf", 0.1 * len(run), guided, 10, run)
+        chosen = episodes_of("qgf", 0.5, 10, 10, run)  # is not in the table
+        rows = [("choose", *e) for e in chosen] + [("report", *e) for e in episodes]
+        qgf.write_csv(tmp_path / run / "episodes.csv", [("purpose", *qgf.Episode._fields), *rows])
+        rows = [("method", "ms_1", "us_256", "mflop"), ("bc", 1, 2, 3), ("qgf", len(run), 5, 6)]
+        qgf.write_csv(tmp_path / run / "table.csv", rows)
+    lines = qgf.pooled(tmp_path)
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[:-1]]
+    assert table[0][:5] == ["method", "w", "cube-triple", "scene", "all"]
+    bc, guided = table[2:]
+    assert [cell.split()[0] for cell in bc[2:5]] == ["0.20", "0.00", "0.13"]
+    assert [cell.split()[0] for cell in guided[2:6]] == ["0.80", "1.00", "0.87", "0.73"]
+    assert guided[1] == "0.8 to 2" and guided[6:] == ["20", "5", "6", "52.9"]
+    assert guided[2].endswith("paper 0.70") and guided[3].endswith("paper 0.87") and bc[1] == ""
+    assert lines[-1] == "\n3 runs, 30 episodes in a row"
 
 
 def test_names_of_methods():
@@ -732,7 +802,7 @@ def test_rollout_runs_every_job_once_and_pairs_rows_by_seed(monkeypatch):
     nets, noises, groups = sampling()[0], {}, []
 
     def fake_actions(nets, obs, noise, weights, method, schedule, denoise_steps):
-        return noise[:, -1] + (method == "bc")
+        return noise[:, -1] + (method == "bc") + 2 * ("first" in nets)
 
     monkeypatch.setattr(qgf, "sample_actions", fake_actions)
 
@@ -755,14 +825,15 @@ def test_rollout_runs_every_job_once_and_pairs_rows_by_seed(monkeypatch):
         return future
 
     groups = [partial(group, {}) for _ in range(3)]
-    jobs = [qgf.Job(m, w, seed) for m, w in (("qgf", 0.5), ("bc", 0.0), ("qgf", 1.0)) for seed in range(7)]
-    episodes = qgf.rollout(nets, groups, jobs, CFG, "test")
-    assert [e[:3] for e in episodes] == jobs  # each once, in order
+    hows = (("a-s0", "qgf", 0.5), ("a-s0", "bc", 0.0), ("a-s1", "qgf", 1.0))
+    jobs = [qgf.Job(*how, seed) for how in hows for seed in range(7)]
+    episodes = qgf.rollout({"a-s0": nets, "a-s1": nets | dict(first=1)}, groups, jobs, CFG, "test")
+    assert [e[:4] for e in episodes] == jobs  # each once, in order
     assert all(e.success == (e.seed % 2 == 0) for e in episodes)
     assert all(e.length == 3 * (e.seed % 3) + 1 and e.ret == -e.length for e in episodes)
-    for v in noises.values():  # the same noise for each weight and method, which are not mixed up
-        low, same, high = sorted(v, key=lambda x: x[0, 0])
-        assert (low == same).all() and np.allclose(high, low + 1)
+    for v in noises.values():  # the same noise for each run and method, which are not mixed up
+        low, high, other = sorted(v, key=lambda x: x[0, 0])
+        assert np.allclose(high, low + 1) and np.allclose(other, low + 2)
     assert len({v[0].tobytes() for v in noises.values()}) == len(noises)  # and no noise is used twice
 
 
@@ -830,6 +901,46 @@ def test_missing_truncated_and_unreadable_datasets_are_refused(tmp_path):
         qgf.to_device(random_data(), 40)
 
 
+def test_slices_come_in_turn_and_at_most_two_are_in_memory():
+    cfg = replace(CFG, swap=200, seed=3)
+    alive, most, ready = weakref.WeakSet(), [], threading.Event()
+
+    class Slice:
+        def __init__(self, name):
+            self.name = name
+
+    def load(path):
+        alive.add(data := Slice(path))
+        most.append(len(alive))
+        ready.set()
+        return data
+
+    def names(slices, n):
+        return [path for path, _ in itertools.islice(slices, n)]
+
+    slices = qgf.stream(["a", "b", "c", "d"], load, cfg, 0)
+    path, now = next(slices)
+    assert now.name == path and ready.wait(5)
+    ready.clear()
+    rest = []
+    for _ in range(11):
+        now = None
+        path, now = next(slices)  # held, as by a training run
+        rest.append(now.name)
+        assert ready.wait(5)  # the next is read, though nobody has asked for it
+        ready.clear()
+    assert max(most) == 2
+    order = names(qgf.stream(["a", "b", "c", "d"], load, cfg, 0), 12)
+    assert order[1:] == rest  # the same again, each once in a pass, passes and seeds apart
+    assert all(sorted(order[i : i + 4]) == ["a", "b", "c", "d"] for i in (0, 4, 8))
+    assert len({*zip(*[iter(order)] * 4)}) > 1
+    assert names(qgf.stream(["a", "b", "c", "d"], load, replace(cfg, seed=4), 0), 12) != order
+    # a run goes on in the slice in which it stopped
+    assert names(qgf.stream(["a", "b", "c", "d"], load, cfg, 5 * 200 + 70), 7) == order[5:]
+    before = len(most)
+    assert names(qgf.stream(["a"], load, cfg, 0), 9) == ["a"] * 9 and len(most) == before + 1
+
+
 def test_download_takes_the_second_host_and_leaves_nothing_half_written(tmp_path, monkeypatch, capsys):
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -879,7 +990,7 @@ def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
     mp = pytest.MonkeyPatch()
     mp.setattr(qgf, "DATA_DIR", home / ".ogbench/data")
-    path, origin = qgf.find_dataset(qgf.Config(collect=2000), "cube-single", "cube-single-play-v0")
+    [path], origin = qgf.find_dataset(qgf.Config(collect=2000), "cube-single", "cube-single-play-v0")
     assert "collected" in path.name and "play policies" in origin
     stamp = path.stat().st_mtime_ns
     qgf.find_dataset(qgf.Config(collect=2000), "cube-single", "cube-single-play-v0")
@@ -942,18 +1053,17 @@ def test_a_real_run_from_the_command_line(home, capsys):
     ]
     folder = home / "real/cube-single-s0"
     rows = [line.split(",") for line in (folder / "episodes.csv").read_text().splitlines()]
-    assert rows[0] == "purpose,method,weight,seed,success,ret,length".split(",") and len(rows) == 1 + 2 + 8
-    assert all(
-        {row[3] for row in rows[i : i + 2]} == {row[3] for row in rows[3:5]} for i in (5, 7, 9)
-    )  # paired
-    assert not {row[3] for row in rows[1:3]} & {row[3] for row in rows[3:]}  # chosen on others
+    assert rows[0] == "purpose,run,method,weight,seed,success,ret,length".split(",")
+    seeds = [row[4] for row in rows[1:]]
+    assert len(seeds) == 2 + 8 and all(seeds[i : i + 2] == seeds[2:4] for i in (4, 6, 8))  # paired
+    assert not set(seeds[:2]) & set(seeds[2:])  # chosen on others
     table = np.genfromtxt(folder / "table.csv", delimiter=",", names=True, dtype=None, encoding=None)
     assert table["mflop"][2] > 5 * table["mflop"][0] > 0 and (table["ms_1"] > 0).all()
     assert qgf.main(["--table", str(home / "real")]) == 0
     pooled = capsys.readouterr().out
     assert (
         "| cube-single |" in pooled
-        and "| qgf-jacobian+score@2 |" in pooled
+        and "| `qgf-jacobian+score@2` |" in pooled
         and "1 runs, 2 episodes" in pooled
     )
     record = json.loads((folder / "config.json").read_text())
@@ -975,7 +1085,7 @@ def test_a_run_stopped_or_killed_goes_on_bitwise(home):
     stopped.send_signal(signal.SIGINT)
     _, err = stopped.communicate(timeout=120)
     assert stopped.returncode == 1 and "stopped at update" in err and "Traceback" not in err
-    first = int(checkpoint(home / "stopped")["step"])
+    first = int(checkpoint(home / "stopped")["step"][0])
     assert 100 <= first < 1000000
     again = start(home, "--updates", "1000000", "--out", "stopped")
     for line in again.stdout:
@@ -984,7 +1094,7 @@ def test_a_run_stopped_or_killed_goes_on_bitwise(home):
             break
     again.kill()  # kill -9, as a power cut would: the checkpoint is whole and the last one
     again.wait()
-    assert int(checkpoint(home / "stopped")["step"]) == first
+    assert int(checkpoint(home / "stopped")["step"][0]) == first
     for name in ("stopped", "whole"):
         p = start(home, "--updates", str(first + 200), "--out", name)
         _, err = p.communicate(timeout=170)
@@ -996,10 +1106,122 @@ def test_a_run_stopped_or_killed_goes_on_bitwise(home):
         assert whole.read_text() == stopped.read_text()
 
 
+def test_a_run_on_slices_that_meets_a_broken_one_keeps_what_it_has_and_goes_on(home, capsys):
+    with np.load(home / ".ogbench/data/cube-single-play-v0-collected-2000.npz") as file:
+        data = dict(file)
+    slices = home / "slices"
+    slices.mkdir()
+    for i in range(3):
+        np.savez(slices / f"{i}.npz", **{k: v[300 * i : 300 * i + 280] for k, v in data.items()})
+    (slices / "x-val.npz").touch()  # for validation, in OGBench's naming, and not trained on
+    whole = (slices / "1.npz").read_bytes()
+    (slices / "1.npz").write_bytes(whole[:999])
+    args = ["--data", str(slices), "--swap", "50", "--out", str(home / "sliced"), "--seeds", "2"]
+    args += ["--updates", "170", "--episodes", "1", "--choose", "1"]
+    assert main(home, *args) == 1
+    assert "slices/1.npz is missing, truncated" in capsys.readouterr().err
+    order = np.random.default_rng((0, 0)).permutation(3).tolist()
+    stopped = 50 * order.index(1)
+    if stopped:
+        assert checkpoint(home / "sliced")["step"].tolist() == [stopped, stopped]
+    (slices / "1.npz").write_bytes(whole)
+    assert main(home, *args) == 0
+    out = capsys.readouterr().out
+    assert f"plan    updates {stopped} to 170" in out and "for each of 2 seeds" in out
+    folder = home / "sliced/cube-single-s0"
+    assert json.loads((folder / "config.json").read_text())["seen"] == {f"{i}.npz": 280 for i in range(3)}
+    metrics = np.genfromtxt(folder / "metrics.csv", delimiter=",", names=True)
+    assert metrics["step"].tolist() == [50, 50, 100, 100, 150, 150, 170, 170]
+    assert metrics["seed"].tolist() == [0, 1] * 4
+    runs = [e.run for e in qgf.read_episodes(folder)[1]]
+    assert runs == ["cube-single-s0"] * 2 + ["cube-single-s1"] * 2  # bc and qgf of each
+
+
+def test_the_papers_settings():
+    single, goal = qgf.defaults("puzzle-4x4", "", "paper"), qgf.defaults("puzzle-4x5", "oracle", "paper")
+    names = ("updates", "batch_size", "width", "depth", "lr", "discount", "expectile", "horizon")
+    assert [single[k] for k in names] == [500_000, 1024, 1024, 4, 3e-4, 0.999, 0.9, 5]
+    assert 0.01 in single["weights"]  # the peak of its sweep
+    assert [goal[k] for k in names[:2]] == [1_000_000, 4096]
+    # Q = γ^k, k steps before the goal, and ours: -1 a step, discounted. Its gradient is 1-γ times as steep.
+    k, discount = np.array([10.0, 50.0]), 0.999
+    ours = -(1 - discount**k) / (1 - discount)
+    assert np.diff(discount**k) / np.diff(ours) == pytest.approx(1 - discount)
+    assert [w / (1 - discount) for w in goal["weights"]] == pytest.approx([1, 2, 5, 10])
+    assert set(qgf.PAPER_WEIGHTS) == set(qgf.PAPER_FAMILIES[:4])
+
+
+class Filmed(gymnasium.Env):
+    """Gets brighter with each step, and ends after five."""
+
+    observation_space, action_space = gymnasium.spaces.Box(-1, 1, (S,)), gymnasium.spaces.Box(-1, 1, (A,))
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.n = 0
+        return np.zeros(S, np.float32), {}
+
+    def step(self, action):
+        self.n += 1
+        return np.zeros(S, np.float32), -1.0, self.n == 5, False, dict(success=self.n == 5)
+
+    def render(self):
+        return np.full((64, 200, 3), 40 * self.n, np.uint8)
+
+
+def test_a_film_shows_both_methods_side_by_side(tmp_path, monkeypatch):
+    bc, guided = episodes_of("bc", 0.0, 2, 5), episodes_of("qgf", 0.1, 4, 5)
+    rows = [("report", *e) for e in bc + guided]
+    qgf.write_csv(tmp_path / "episodes.csv", [("purpose", *qgf.Episode._fields), *rows])
+    monkeypatch.setattr(qgf, "make_env", lambda env_id, goal, **size: Filmed())
+    cfg = replace(CFG, gif=str(tmp_path / "film.gif"))
+    nets = {"cube-single-s0": sampling()[0]}
+    qgf.film(nets, tmp_path, "filmed", cfg)
+    with Image.open(cfg.gif) as film:
+        frames = [np.asarray(f.convert("L")) for f in ImageSequence.Iterator(film)]
+    assert frames[0].shape == (64, 400)
+    assert frames[0][40, 0] < frames[1][40, 0] == frames[1][40, 399]  # both go on, step by step
+    assert (frames[0][:20, :200] != frames[0][:20, 200:]).any()  # other words above each
+
+    def dark(self):
+        raise RuntimeError("no display")
+
+    monkeypatch.setattr(Filmed, "render", dark)
+    with pytest.raises(qgf.UserError, match="cannot render here .*no display.*MUJOCO_GL=egl"):
+        qgf.film(nets, tmp_path, "filmed", cfg)
+
+
+STUB = """#!/usr/bin/env bash
+echo "$*" >> calls
+case "$*" in *--table*) echo "| table |"; exit;; esac
+[ "$3" = broken ] && exit 1
+[ "$3" = slow ] && [ ! -e fast ] && { touch fast; sleep 60; }
+mkdir -p "$7/$3-s$5" && touch "$7/$3-s$5/episodes.csv"
+"""
+
+
+def test_run_all_goes_on_after_a_failure_or_a_kill_and_repeats_nothing(tmp_path):
+    (tmp_path / "python").write_text(STUB)
+    (tmp_path / "python").chmod(0o755)
+    env = os.environ | dict(PYTHON=str(tmp_path / "python"), OUT="runs")
+    command = [Path(qgf.__file__).parent / "run_all.sh", "one broken slow two", "0 1"]
+    p = subprocess.Popen(command, env=env, cwd=tmp_path, start_new_session=True)
+    while not (tmp_path / "fast").exists():
+        time.sleep(0.05)
+    os.killpg(p.pid, signal.SIGKILL)
+    p.wait()
+    p = subprocess.run(command, env=env, cwd=tmp_path, text=True, capture_output=True)
+    assert p.returncode == 1 and "failed: broken-s0 broken-s1" in p.stderr and "| table |" in p.stdout
+    calls = [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
+    calls = [f"{c[2]}-s{c[4]}" if len(c) > 3 else "table" for c in calls]
+    first = ["one-s0", "one-s1", "broken-s0", "broken-s1", "slow-s0"]
+    assert calls == first + ["broken-s0", "broken-s1", "slow-s0", "slow-s1", "two-s0", "two-s1", "table"]
+
+
 def test_run_all_lists_its_runs_and_a_slurm_task_takes_one():
     here = Path(qgf.__file__).parent
-    command = [here / "run_all.sh", "cube-single scene", "0 7", "--width", "64"]
-    env = os.environ | dict(DRY_RUN="1", OUT="some folder", SLURM_SUBMIT_DIR=str(here))
+    command = [here / "run_all.sh", "--dry-run", "cube-single scene", "0 7", "--width", "64"]
+    env = os.environ | dict(OUT="some folder", SLURM_SUBMIT_DIR=str(here))
     lines = subprocess.run(command, env=env, text=True, capture_output=True).stdout.splitlines()
     want = [(e, s) for e in ("cube-single", "scene") for s in "07"]
     assert [tuple(line.split()[i] for i in (3, 5)) for line in lines] == want
@@ -1007,6 +1229,11 @@ def test_run_all_lists_its_runs_and_a_slurm_task_takes_one():
     env["SLURM_ARRAY_TASK_ID"] = "2"
     one = subprocess.run(command, env=env, text=True, capture_output=True).stdout.splitlines()
     assert one == [lines[2]]
+    for i, (benchmark, want) in enumerate([("paper", "scene-task5"), ("paper-goals", "cube-octuple")]):
+        env["SLURM_ARRAY_TASK_ID"] = ["19", "4"][i]
+        p = subprocess.run([*command[:2], benchmark], env=env, text=True, capture_output=True)
+        assert f"--env {want} --seed 0 --out some\\ folder --preset paper" in p.stdout
+        assert p.stdout.rstrip().endswith("--goal") == (i == 1) and p.stdout.count("\n") == 1
 
 
 def main(home, *args):
@@ -1021,7 +1248,10 @@ def main(home, *args):
         (["--env", "cube-single-task9"], "did you mean"),
         (["--lr", "-1"], "--lr -1.0 is out of range"),
         (["--env", "cube-single-task2", "--goal"], "give --env cube-single"),
-        (["--data", "nowhere.npz", "--out", "other"], "nowhere.npz is missing"),
+        (["--data", "nowhere.npz", "--out", "other"], "nowhere.npz: No such file"),
+        (["--data", ".", "--out", "other"], "has no .npz in it"),
+        (["--seeds", "2"], "holds a run with --seeds 1"),
+        (["--gif", "film.gif"], "no episode that QGF solved"),
         (["--width", "32"], "holds a run with --width 16"),
         (["--eval", "--width", "32"], "holds a run with --width 16"),
         (["--eval", "--seed", "7"], "train first, without --eval"),
@@ -1061,22 +1291,22 @@ def test_a_damaged_checkpoint_is_refused_and_kept(home, capsys):
 
 def test_a_diverging_run_stops_with_its_step_and_keeps_the_last_good_checkpoint(home, capsys, monkeypatch):
     before = checkpoint(home / "whole")
-    real = qgf.train
+    real = qgf.train_seeds
 
-    def diverging(state, data, n, cfg):
-        state, info = real(state, data, n, cfg)
-        return state, info | dict(q=info["q"].at[37].set(np.nan))
+    def diverging(states, data, n, cfg):
+        states, info = real(states, data, n, cfg)
+        return states, info | dict(q=info["q"].at[0, 37].set(np.nan))
 
-    monkeypatch.setattr(qgf, "train", diverging)
-    step = int(before["step"])
+    monkeypatch.setattr(qgf, "train_seeds", diverging)
+    step = int(before["step"][0])
     assert main(home, "--updates", str(step + 100)) == 1
     assert f"NaN or Inf at update {step + 38};" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # Ctrl-C is the caller's again
     assert all((v == before[k]).all() for k, v in checkpoint(home / "whole").items())
-    state, record = qgf.load_run(home / "whole/cube-single-s0", {})
+    states, record = qgf.load_run(home / "whole/cube-single-s0", {})
     with pytest.raises(qgf.UserError, match="params/value/0/b is NaN"):
-        state.params["value"][0]["b"][0] = np.nan
-        qgf.save_run(home / "whole/cube-single-s0", state, [], record)
+        states.params["value"][0]["b"][0, 0] = np.nan
+        qgf.save_run(home / "whole/cube-single-s0", states, [], record)
 
 
 def test_a_full_or_unwritable_disk_is_named_and_leaves_the_old_file(home, tmp_path, capsys, monkeypatch):
@@ -1087,7 +1317,7 @@ def test_a_full_or_unwritable_disk_is_named_and_leaves_the_old_file(home, tmp_pa
 
     with monkeypatch.context() as m:
         m.setattr(os, "fsync", full)
-        assert main(home, "--updates", str(int(before["step"]) + 100)) == 1
+        assert main(home, "--updates", str(int(before["step"][0]) + 100)) == 1
     assert "No space left on device" in capsys.readouterr().err
     assert all((v == before[k]).all() for k, v in checkpoint(home / "whole").items())
     assert not list(folder.glob("*.part"))
