@@ -37,8 +37,8 @@ import jax.numpy as jnp
 import numpy as np
 import ogbench
 import optax
-from PIL import Image, ImageDraw
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from PIL import Image, ImageDraw
 from scipy.stats import binomtest
 from tqdm import tqdm
 
@@ -78,7 +78,7 @@ class Config:
     depth: int = option(3, "hidden layers in a network")
     lr: float = option(1e-3, "learning rate of Adam")
     batch_size: int = option(256, "chunks in a batch")
-    updates: int = option(10_000, "gradient updates in all; more than a finished run has continues it")
+    updates: int = option(10_000, "gradient updates in all; a finished run goes on if given more")
     # evaluation
     methods: tuple = option(("bc", "qgf"), "names in GUIDANCE; NAME@4 is best of 4, NAME+score its schedule")
     weights: tuple = option((0.01, 0.03, 0.06, 0.1), "guidance weights w, of which each method gets its own")
@@ -808,7 +808,7 @@ def evaluate(nets, env_id, cfg):
 CHUNK = 100  # updates in a compiled call
 LOSSES = ("flow_loss", "critic_loss", "value_loss", "q", "v")
 # the settings that may change when a run goes on
-FREE = "preset out eval gif table data swap collect updates methods weights choose episodes watch".split()
+FREE = "preset out eval gif table data collect updates methods weights choose episodes watch".split()
 
 def init_seeds(s_dim, a_dim, unseen, cfg):
     """The State of each of cfg.seeds seeds, as `init_state` gives it: all arrays stacked on axis 0."""
@@ -951,7 +951,7 @@ def read_episodes(folder):
                 how = r["run"], r["method"], float(r["weight"]), int(r["seed"])
                 e = Episode(*how, r["success"] == "True", float(r["ret"]), int(r["length"]))
                 both[r["purpose"]].append(e)
-    except (FileNotFoundError, KeyError) as e:
+    except (FileNotFoundError, KeyError, ValueError) as e:
         raise UserError(f"{folder} has no episodes.csv of this version ({e!r}): evaluate it again") from None
     return both["choose"], both["report"]
 
@@ -1071,7 +1071,8 @@ def parse(argv):
             kind = dict(nargs="?", choices=("oracle", "state"), const="oracle")
         if f.name == "preset":
             kind = dict(choices=("paper",))
-        help = f"{f.metadata['help']} [{f.default}]"
+        default = " ".join(map(str, f.default)) if f.type is tuple else f.default
+        help = f.metadata["help"] + f" [{default}]" * bool(default)
         parser.add_argument(f"--{f.name.replace('_', '-')}", help=help, **kind)
     given = vars(parser.parse_args(argv))
     for name, v in given.items():
@@ -1108,7 +1109,7 @@ def report(folder, title, nets, env_id, cfg):
     write_csv(folder / "episodes.csv", [("purpose", *Episode._fields), *episodes])
     columns = list(dict.fromkeys(k for r in rows for k in r))
     write_csv(folder / "table.csv", [columns, *([r.get(k, "") for k in columns] for r in rows)])
-    print(f"\nto choose the weight, {cfg.choose} episodes each", *table(summary(choice)), sep="\n")
+    print("\nto choose the weight", *table(summary(choice)), sep="\n")
     for k in range(1, 6 if cfg.goal else 1):
         print(f"\ngoal {k}", *table(summary([e for e in fresh if goal_of(e.seed) == k])), sep="\n")
     print(f"\n{title}, fresh episodes", *table(rows), sep="\n")
@@ -1126,8 +1127,8 @@ def learn(states, record, folder, names, cfg):
     base, short, env_id, dataset, goal = names
     folder.mkdir(parents=True, exist_ok=True)  # if it cannot be written, now is the time to know
     family = f"{base}-goal" if goal else base
-    known = f"about {MINUTES[family]} minutes" if family in MINUTES and not cfg.preset else "not known"
-    print(f"time    {known} for these defaults, from nothing on two CPU cores", flush=True)
+    if family in MINUTES and not cfg.preset:
+        print(f"time    about {MINUTES[family]} minutes by default, from nothing on two cores", flush=True)
     paths, origin = find_dataset(cfg, base, dataset)
     mark, env = fingerprint(paths), make_env(env_id, goal)
     if record and mark != record["fingerprint"]:
@@ -1142,7 +1143,7 @@ def learn(states, record, folder, names, cfg):
         states = init_seeds(*record["sizes"], cfg)
     record["config"] = asdict(cfg)
     counts = (f"{k} {sum(x[0].size for x in jax.tree.leaves(v)):,}" for k, v in states.params.items())
-    print(f"nets    {', '.join(counts)} parameters, for each of {cfg.seeds} seeds")
+    print(f"nets    {', '.join(counts)} parameters, for each of {cfg.seeds} seed(s)")
     mesh = device_mesh(cfg.seeds, cfg.batch_size, jax.devices())
     everywhere, by_seed = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("seed",)))
     load = lambda path: to_device(load_dataset(path, env, goal), cfg.horizon, everywhere)

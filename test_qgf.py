@@ -1127,7 +1127,7 @@ def test_a_run_on_slices_that_meets_a_broken_one_keeps_what_it_has_and_goes_on(h
     (slices / "1.npz").write_bytes(whole)
     assert main(home, *args) == 0
     out = capsys.readouterr().out
-    assert f"plan    updates {stopped} to 170" in out and "for each of 2 seeds" in out
+    assert f"plan    updates {stopped} to 170" in out and "for each of 2 seed(s)" in out
     folder = home / "sliced/cube-single-s0"
     assert json.loads((folder / "config.json").read_text())["seen"] == {f"{i}.npz": 280 for i in range(3)}
     metrics = np.genfromtxt(folder / "metrics.csv", delimiter=",", names=True)
