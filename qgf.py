@@ -1027,7 +1027,7 @@ def film(nets, folder, env_id, cfg):
     for i in range(max(len(frames) for _, frames in clips) + 15):  # the last frame stays a while
         pair = [Image.fromarray(frames[min(i, len(frames) - 1)]) for _, frames in clips]
         for image, (words, _) in zip(pair, clips):
-            ImageDraw.Draw(image).text((6, 4), words, "white", stroke_width=1, stroke_fill="black")
+            ImageDraw.Draw(image).text((6, 4), words, "white", font_size=15)
         images.append(Image.fromarray(np.concatenate(pair, axis=1)).quantize(64))
     with atomic_write(Path(cfg.gif)) as file:
         images[0].save(file, "GIF", save_all=True, append_images=images[1:], duration=80, loop=0)

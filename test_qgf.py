@@ -35,7 +35,11 @@ import qgf
 S, A = 4, 2
 CFG = qgf.Config(width=16, depth=2, batch_size=32, horizon=3, denoise_steps=5)
 KEY = jax.random.PRNGKey(0)
-update = jax.jit(qgf.update, static_argnums=3)
+jit = partial(jax.jit, static_argnames="cfg")
+update, sample_batch = jit(qgf.update), jit(qgf.sample_batch)
+flow_matching_loss, critic_loss, value_loss = map(
+    jit, (qgf.flow_matching_loss, qgf.critic_loss, qgf.value_loss)
+)
 
 
 def random_data(n=60, lengths=(7, 20, 4, 29), seed=0):
@@ -56,10 +60,8 @@ DATA = qgf.to_device(random_data(), CFG.horizon)
 
 def some_state(cfg=CFG, key=KEY):
     """A State whose target differs from its critic."""
-    state = qgf.init_state(key, S, A, cfg)
-    keys = jax.random.split(key, len(jax.tree.leaves(state.target)))
-    keys = jax.tree.unflatten(jax.tree.structure(state.target), list(keys))
-    target = jax.tree.map(lambda x, k: x + 0.1 * jax.random.normal(k, x.shape), state.target, keys)
+    state, rng = qgf.init_state(key, S, A, cfg), np.random.default_rng(7)
+    target = jax.tree.map(lambda x: x + np.float32(0.1 * rng.normal(size=x.shape)), state.target)
     return state._replace(target=target)
 
 
@@ -88,7 +90,7 @@ def numpy_q(critic, s, a):
 
 
 def batch_of(cfg=CFG):
-    return qgf.sample_batch(jax.random.PRNGKey(5), DATA, cfg)
+    return sample_batch(jax.random.PRNGKey(5), DATA, cfg)
 
 
 # ---- losses ----------------------------------------------------------------------------------------------
@@ -96,7 +98,7 @@ def batch_of(cfg=CFG):
 
 def test_flow_matching_loss_equals_a_numpy_loop():
     state, batch, T = some_state(), batch_of(), CFG.denoise_steps
-    loss = qgf.flow_matching_loss(state.params["policy"], batch["observations"], batch["actions"], KEY, CFG)
+    loss = flow_matching_loss(state.params["policy"], batch["observations"], batch["actions"], KEY, CFG)
     key_noise, key_time = jax.random.split(KEY)
     a_0 = np.asarray(jax.random.normal(key_noise, batch["actions"].shape))
     steps = np.asarray(jax.random.randint(key_time, (CFG.batch_size, 1), 0, T + 1))
@@ -145,10 +147,10 @@ def test_critic_and_value_loss_equal_a_numpy_loop():
     v = numpy_mlp(state.params["value"], batch["observations"])[:, 0]
     v_next = numpy_mlp(state.params["value"], batch["next_observations"])[:, 0]
     y = batch["returns"] + CFG.discount**CFG.horizon * batch["masks"] * v_next
-    loss, _ = qgf.critic_loss(state.params["critic"], state.params["value"], batch, CFG)
+    loss, _ = critic_loss(state.params["critic"], state.params["value"], batch, CFG)
     assert loss == pytest.approx(np.mean([(q[0] - y) ** 2, (q[1] - y) ** 2]), rel=1e-5)
     u = np.minimum(*q_target) - v
-    loss, _ = qgf.value_loss(state.params["value"], state.target, batch, CFG)
+    loss, _ = value_loss(state.params["value"], state.target, batch, CFG)
     want = np.mean([(CFG.expectile if x > 0 else 1 - CFG.expectile) * x * x for x in u])
     assert loss == pytest.approx(want, rel=1e-5)
 
@@ -181,7 +183,7 @@ def test_edp_loss_equals_a_numpy_loop_and_leaves_the_others_alone():
 
 def test_each_loss_reaches_its_own_network_alone():
     state, batch = some_state(), batch_of()
-    g = jax.grad(lambda p: qgf.critic_loss(p["critic"], p["value"], batch, CFG)[0])(state.params)
+    g = jax.jit(jax.grad(lambda p: qgf.critic_loss(p["critic"], p["value"], batch, CFG)[0]))(state.params)
     assert not any(x.any() for x in jax.tree.leaves(g["value"]))
     assert any(x.any() for x in jax.tree.leaves(g["critic"]))
     together, _ = update(state, batch, KEY, CFG)
@@ -191,7 +193,8 @@ def test_each_loss_reaches_its_own_network_alone():
         value=lambda p: qgf.value_loss(p, state.target, batch, CFG)[0],
     ).items():  # Adam's first step is lr * g / (|g| + 1e-8)
         params = state.params[name]
-        alone = jax.tree.map(lambda p, g: p - CFG.lr * g / (abs(g) + 1e-8), params, jax.grad(loss)(params))
+        grads = jax.jit(jax.grad(loss))(params)
+        alone = jax.tree.map(lambda p, g: p - CFG.lr * g / (abs(g) + 1e-8), params, grads)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), together.params[name], alone)
     averaged = jax.tree.map(lambda q, old: 0.005 * q + 0.995 * old, state.params["critic"], state.target)
     jax.tree.map(
@@ -220,7 +223,7 @@ def test_chunks_stay_in_one_trajectory_and_returns_stop_at_success():
     raw, H = random_data(), CFG.horizon
     starts = [i for i in range(60) if i + H < 60 and raw["ends"][i] == raw["ends"][i + H]]
     assert DATA["starts"].tolist() == starts and len(starts) == 60 - 4 * H
-    batch = qgf.sample_batch(KEY, DATA, replace(CFG, batch_size=500))
+    batch = jax.device_get(sample_batch(KEY, DATA, replace(CFG, batch_size=500)))
     drawn = set()
     for k in range(500):
         i = int(np.flatnonzero((raw["observations"] == batch["observations"][k]).all(axis=1))[0])
@@ -248,7 +251,7 @@ def test_hindsight_goals_rewards_and_masks_equal_a_brute_force_loop(alike):
         :, None
     ]  # so many successive rows are near each other
     data = qgf.to_device(raw | dict(goals=rows), CFG.horizon)
-    batch = qgf.sample_batch(KEY, data, replace(CFG, goal="oracle", batch_size=n))
+    batch = jax.device_get(sample_batch(KEY, data, replace(CFG, goal="oracle", batch_size=n)))
     kinds = dict(present=0, later=0, other=0)
     for k in range(n):
         s, goal = batch["observations"][k, :S], int(np.flatnonzero(rows == batch["observations"][k, S])[0])
@@ -354,7 +357,7 @@ def test_scanned_updates_equal_single_updates_however_they_are_grouped():
     single = some_state()  # compiled apart: equal but for rounding
     for _ in range(6):
         key_batch, key_update = jax.random.split(jax.random.fold_in(single.key, single.step))
-        single, _ = update(single, qgf.sample_batch(key_batch, DATA, CFG), key_update, CFG)
+        single, _ = update(single, sample_batch(key_batch, DATA, CFG), key_update, CFG)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), scanned, single)
     assert int(scanned.step) == int(single.step) == 6
 
@@ -364,7 +367,7 @@ def assert_close(a, b):
 
 
 def test_seeds_trained_at_once_differ_and_equal_single_runs():
-    cfg = replace(CFG, seed=5, seeds=3)
+    cfg = replace(CFG, depth=1, seed=5, seeds=3)
     states, info = qgf.train_seeds(qgf.init_seeds(S, A, 0, cfg), DATA, 3, cfg)
     assert len({float(x) for x in info["flow_loss"][:, 0]}) == 3  # other batches, other noise
     for i in range(3):
@@ -380,22 +383,26 @@ import sys, jax, numpy as np
 sys.path.insert(0, sys.argv[1])
 import test_qgf as t
 from qgf import *
-for seeds, shape in ((4, (2, 1)), (1, (1, 2))):
-    cfg, ends = t.replace(t.CFG, seeds=seeds), []
-    for devices in (jax.devices()[:1], jax.devices()):
-        mesh = device_mesh(seeds, cfg.batch_size, devices)
-        by_seed, everywhere = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("seed",), ()))
-        states = jax.device_put(init_seeds(t.S, t.A, 0, cfg), by_seed)
-        data = to_device(t.random_data(), cfg.horizon, everywhere)
-        with jax.set_mesh(mesh):
-            program = train_seeds.lower(states, data, 4, cfg).compile()
-            ends.append(program(states, data))
-    assert mesh.devices.shape == shape, mesh
-    # seeds need not talk; the halves of a batch have their gradients added up
-    assert ("all-reduce(" in program.as_text()) == (shape[1] == 2), seeds
-    kernel = ends[1][0].params["policy"][0]["w"]
-    assert {s.data.shape[0] for s in kernel.addressable_shards} == {seeds // shape[0]}
-    t.assert_close(*(jax.device_get(end) for end in ends))
+
+def train(seeds, devices):
+    cfg = t.replace(t.CFG, depth=1, seeds=seeds)
+    mesh = device_mesh(seeds, cfg.batch_size, devices)
+    by_seed, everywhere = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("seed",), ()))
+    states = jax.device_put(init_seeds(t.S, t.A, 0, cfg), by_seed)
+    data = to_device(t.random_data(), cfg.horizon, everywhere)
+    with jax.set_mesh(mesh):
+        program = train_seeds.lower(states, data, 4, cfg).compile()
+        states, info = program(states, data)
+    kernel = states.params["policy"][0]["w"].addressable_shards[0].data
+    return mesh.devices.shape, len(kernel), "all-reduce(" in program.as_text(), jax.device_get((states, info))
+
+*_, alone = train(4, jax.devices()[:1])
+shape, seeds, talk, end = train(4, jax.devices())
+assert (shape, seeds, talk) == ((2, 1), 2, False)  # two seeds each, which need not talk
+t.assert_close(end, alone)
+shape, seeds, talk, end = train(1, jax.devices())
+assert (shape, seeds, talk) == ((1, 2), 1, True)  # half a batch each: gradients are added up
+t.assert_close(end, jax.tree.map(lambda x: x[:1], alone))
 print("the same")
 """
 
@@ -501,8 +508,8 @@ def test_a_small_guided_step_raises_q_of_the_clean_estimate_by_its_squared_gradi
         tt = jnp.full((50, 1), t)
         v = qgf.velocity(nets["policy"], s, a_0[:, 0], tt)
         a_1 = jnp.clip(a_0[:, 0] + (1 - t) * v, -1, 1)
-        g = qgf.qgf(nets, s, a_0[:, 0], tt, v, 10)
-        q = partial(qgf.q_min, nets["critic"], s)
+        g = jax.jit(qgf.qgf, static_argnames="T")(nets, s, a_0[:, 0], tt, v, T=10)
+        q = jax.jit(partial(qgf.q_min, nets["critic"], s))
         gain = q(a_1 + 0.01 * g) - q(a_1)
         assert (gain > 0).mean() > 0.9  # the smaller of two critics has kinks
         assert float(gain.sum()) == pytest.approx(float(0.01 * (g**2).sum()), rel=0.1)
