@@ -72,6 +72,8 @@ class Config:
     target_rate: float = option(0.005, "rate of the critic's Polyak average, per update")
     goal: str = option("", "no rewards, but goals, given as OGBench's `oracle` does, or as a whole `state`")
     goal_flow: bool = option(False, "with --goal, let the flow see the goal, too, not the critic alone")
+    long_horizon: int = option(0, "above 0, DQC: a critic of chunks that long teaches Q, which is of H")
+    kappa: float = option(0.8, "κ of that: Q is the κ-expectile over what may follow the first H actions")
     edp: float = option(0.0, "α of EDP; above 0, a second policy is trained by it, the train-time twin")
     # networks and optimiser
     width: int = option(256, "units in a hidden layer")
@@ -85,6 +87,11 @@ class Config:
     choose: int = option(20, "episodes per weight that choose it, and are not reported")
     episodes: int = option(50, "fresh episodes in a reported row")
     watch: float = option(10.0, "minutes of training between two looks at a few episodes")
+
+    @property
+    def reach(self):
+        """Steps from a state to the one that its critic's target is bootstrapped from."""
+        return self.long_horizon or self.horizon
 
 
 # ---- 2 Networks: parameters are plain pytrees, networks pure functions of them -----------------------------
@@ -148,12 +155,20 @@ def init_params(key, s_dim, a_dim, cfg, unseen=0):
     key_policy, key_critic, key_value = jax.random.split(key, 3)
     hidden, chunk = [cfg.width] * cfg.depth, cfg.horizon * a_dim
     lecun = jax.nn.initializers.lecun_normal()
+
+    def two_critics(key, chunk):
+        return jax.vmap(lambda k: init_mlp(k, [s_dim + chunk, *hidden, 1]))(jax.random.split(key, 2))
+
     params = dict(
         policy=init_mlp(key_policy, [s_dim - unseen + chunk + 16, *hidden, chunk], False, lecun),
-        critic=jax.vmap(lambda k: init_mlp(k, [s_dim + chunk, *hidden, 1]))(jax.random.split(key_critic, 2)),
+        critic=two_critics(key_critic, chunk),
         value=init_mlp(key_value, [s_dim, *hidden, 1]),
     )
-    return params | (dict(edp=jax.tree.map(jnp.copy, params["policy"])) if cfg.edp else {})
+    if cfg.long_horizon:
+        params["long_critic"] = two_critics(jax.random.fold_in(key_critic, 0), cfg.long_horizon * a_dim)
+    if cfg.edp:
+        params["edp"] = jax.tree.map(jnp.copy, params["policy"])
+    return params
 
 
 # ---- 3 Losses ----------------------------------------------------------------------------------------------
@@ -175,7 +190,7 @@ def flow_matching_loss(policy, s, a_1, key, cfg):
 def critic_loss(critic, value_layers, batch, cfg):
     """E (Q_k(s, a) - y)² of both, y = Σ_{i<H} γ^i r_{t+i} + γ^H mask V(s_{t+H}). -> loss, Q (2, B)"""
     v_next = jax.lax.stop_gradient(value(value_layers, batch["next_observations"]))  # (B,)
-    y = batch["returns"] + cfg.discount**cfg.horizon * batch["masks"] * v_next
+    y = batch["returns"] + cfg.discount**cfg.reach * batch["masks"] * v_next
     q = q_values(critic, batch["observations"], batch["actions"])
     return jnp.mean((q - y) ** 2), q
 
@@ -188,6 +203,17 @@ def value_loss(layers, target_critic, batch, cfg):
     q = q_min(target_critic, batch["observations"], batch["actions"])  # (B,)
     v = value(layers, batch["observations"])
     return jnp.mean(expectile_loss(q - v, cfg.expectile)), v
+
+def dqc_loss(params, batch, cfg):
+    """DQC: Q_c, of h_c actions, learns by `critic_loss`, and Q, of the first H of them, from Q_c.
+
+    E L2^κ(Q_c(s, a_c) - Q(s, a)): values travel h_c steps in an update, and Q expects good actions after a.
+    -> loss, Q (2, B)
+    """
+    long = batch | dict(actions=batch["long_actions"])
+    loss, q_long = critic_loss(params["long_critic"], params["value"], long, cfg)
+    q = q_values(params["critic"], batch["observations"], batch["actions"])
+    return loss + jnp.mean(expectile_loss(jax.lax.stop_gradient(q_long) - q, cfg.kappa)), q
 
 def edp_loss(policy, target_critic, s, a_1, key, cfg):
     """EDP, QGF's train-time twin: α (flow matching) - E min_k Q̄_k(s, â_1), differentiated through â_1."""
@@ -222,8 +248,8 @@ def sample_batch(key, data, cfg):
     cfg.goal, `data` has goals (N, G) and ends (N,) for `hindsight`, and states are (s, g).
     """
     i = jax.random.choice(key, data["starts"], (cfg.batch_size,))  # (B,)
-    window = i[:, None] + jnp.arange(cfg.horizon)  # (B, 1) + (H,) -> (B, H)
-    s, s_next = data["observations"][i], data["observations"][i + cfg.horizon]  # (B, S)
+    window = i[:, None] + jnp.arange(cfg.reach)  # (B, 1) + (H,) -> (B, H), H being cfg.reach
+    s, s_next = data["observations"][i], data["observations"][i + cfg.reach]  # (B, S)
     if cfg.goal:
         g, rewards, masks = hindsight(key, data, window)
         s, s_next = jnp.concatenate([s, g], axis=1), jnp.concatenate([s_next, g], axis=1)  # (B, S+G)
@@ -231,10 +257,12 @@ def sample_batch(key, data, cfg):
         rewards, masks = data["rewards"][window], data["masks"][window]  # (B, H)
     alive = jnp.cumprod(masks, axis=1)  # (B, H), 0 from the first success on
     counts = jnp.pad(alive[:, :-1], ((0, 0), (1, 0)), constant_values=1)  # (B, H), 0 after the first success
+    actions = data["actions"][window]  # (B, H, A)
     return dict(
         observations=s,
-        actions=data["actions"][window].reshape(cfg.batch_size, -1),  # (B, H, A) -> (B, H*A)
-        returns=(counts * rewards) @ cfg.discount ** jnp.arange(cfg.horizon),  # (B,)
+        actions=actions[:, : cfg.horizon].reshape(cfg.batch_size, -1),  # (B, H, A) -> (B, H*A)
+        long_actions=actions.reshape(cfg.batch_size, -1),  # the same but with cfg.long_horizon
+        returns=(counts * rewards) @ cfg.discount ** jnp.arange(cfg.reach),  # (B,)
         masks=alive[:, -1],  # (B,)
         next_observations=s_next,
     )
@@ -265,7 +293,10 @@ def update(state, batch, key, cfg):
 
     def loss(params):
         flow = flow_matching_loss(params["policy"], s, a_1, key, cfg)
-        critic, q = critic_loss(params["critic"], params["value"], batch, cfg)
+        if cfg.long_horizon:
+            critic, q = dqc_loss(params, batch, cfg)
+        else:
+            critic, q = critic_loss(params["critic"], params["value"], batch, cfg)
         val, v = value_loss(params["value"], state.target, batch, cfg)
         edp = edp_loss(params["edp"], state.target, s, a_1, key, cfg) if cfg.edp else 0.0
         info = dict(flow_loss=flow, critic_loss=critic, value_loss=val, q=q.mean(), v=v.mean())
@@ -388,7 +419,7 @@ def sample_actions(nets, s, a_0, w, method="qgf", schedule="constant", denoise_s
 DATA_DIR = Path("~/.ogbench/data").expanduser()
 MIRROR = "https://huggingface.co/datasets/zhouzypaul/ogbench_datasets/resolve/main"
 KINDS = ("play", "noisy", "navigate", "stitch", "explore")  # of OGBench datasets
-COLLECT = {"cube-single": 200_000}  # transitions to collect if there is no download; elsewhere 1M
+COLLECT = {"cube-single": 200_000, "puzzle-3x3": 300_000}  # transitions, without a download; elsewhere 1M
 STACKING = dict(single=(0, 0), double=(0, 0.25), triple=(0.05, 0.35), quadruple=(0.1, 0.5), octuple=(0, 0.35))
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 progress = partial(tqdm, mininterval=0.2 if sys.stderr.isatty() else 30, dynamic_ncols=True)
@@ -1027,7 +1058,8 @@ def film(nets, folder, env_id, cfg):
     for i in range(max(len(frames) for _, frames in clips) + 15):  # the last frame stays a while
         pair = [Image.fromarray(frames[min(i, len(frames) - 1)]) for _, frames in clips]
         for image, (words, _) in zip(pair, clips):
-            ImageDraw.Draw(image).text((6, 4), words, "white", font_size=15)
+            at = 6, image.height - 22
+            ImageDraw.Draw(image).text(at, words, "white", font_size=15, stroke_width=1, stroke_fill="black")
         images.append(Image.fromarray(np.concatenate(pair, axis=1)).quantize(64))
     with atomic_write(Path(cfg.gif)) as file:
         images[0].save(file, "GIF", save_all=True, append_images=images[1:], duration=80, loop=0)
@@ -1038,11 +1070,19 @@ def film(nets, folder, env_id, cfg):
 FAMILY = {  # where the defaults of Config do not serve
     "cube-double": dict(updates=150_000, lr=5e-4),
     "cube-single-goal": dict(updates=20_000, episodes=100),
+    "puzzle-3x3-goal": dict(
+        updates=40_000, lr=5e-4, episodes=100, long_horizon=25, weights=(0.01, 0.03, 0.1, 0.3)),
 }
-MINUTES = {"cube-single": 6, "cube-double": 50, "cube-single-goal": 8}  # to the table, on two CPU cores
+# to the table, on two CPU cores
+MINUTES = {"cube-single": 6, "cube-double": 50, "cube-single-goal": 8, "puzzle-3x3-goal": 20}
 PAPER = dict(updates=500_000, batch_size=1024, width=1024, depth=4, lr=3e-4, discount=0.999)
 # goals: the paper's 1 to 10 are for DQC's Q = γ^k in [0, 1], which is 1 + (1-γ) Q with rewards of -1 as here
-PAPER_GOAL = PAPER | dict(updates=1_000_000, batch_size=4096, weights=(0.001, 0.002, 0.005, 0.01))
+PAPER_GOAL = PAPER | dict(
+    updates=1_000_000, batch_size=4096, weights=(0.001, 0.002, 0.005, 0.01), long_horizon=25)
+PAPER_KAPPAS = {  # τ and κ for goals, from DQC's release
+    "cube-triple": (0.93, 0.8), "cube-quadruple": (0.93, 0.8), "cube-octuple": (0.93, 0.5),
+    "puzzle-4x5": (0.9, 0.5), "puzzle-4x6": (0.7, 0.5),
+}
 PAPER_WEIGHTS = {  # around the peaks of the paper's sweep
     "cube-triple": (0.02, 0.04, 0.06, 0.08), "cube-quadruple": (0.01, 0.02, 0.04, 0.06),
     "puzzle-4x4": (0.004, 0.008, 0.01, 0.02), "scene": (0.04, 0.06, 0.08, 0.1),
@@ -1076,7 +1116,7 @@ def parse(argv):
         parser.add_argument(f"--{f.name.replace('_', '-')}", help=help, **kind)
     given = vars(parser.parse_args(argv))
     for name, v in given.items():
-        low = 0 if name in ("seed", "collect", "edp") else 1e-9
+        low = 0 if name in ("seed", "collect", "edp", "long_horizon") else 1e-9
         high = 1 if name in ("discount", "expectile", "target_rate") else math.inf
         text = isinstance(v, str) or name == "methods"
         if not text and not low <= np.min(v) <= np.max(v) <= high:
@@ -1086,7 +1126,10 @@ def parse(argv):
 def defaults(base, goal, preset):
     """The settings of an environment's family: Config's own, or FAMILY's, or the paper's."""
     family = f"{base}-goal" if goal else base
-    paper = PAPER_GOAL if goal else PAPER | dict(weights=PAPER_WEIGHTS.get(base, Config.weights))
+    paper = PAPER | dict(weights=PAPER_WEIGHTS.get(base, Config.weights))
+    if goal:
+        paper = PAPER_GOAL | dict(zip(("expectile", "kappa"), PAPER_KAPPAS.get(base, ())))
+        paper |= dict(horizon=1) if base == "puzzle-4x6" else {}
     return asdict(Config()) | (paper if preset else FAMILY.get(family, {}))
 
 def describe(source, data, goal):
@@ -1146,7 +1189,7 @@ def learn(states, record, folder, names, cfg):
     print(f"nets    {', '.join(counts)} parameters, for each of {cfg.seeds} seed(s)")
     mesh = device_mesh(cfg.seeds, cfg.batch_size, jax.devices())
     everywhere, by_seed = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("seed",)))
-    load = lambda path: to_device(load_dataset(path, env, goal), cfg.horizon, everywhere)
+    load = lambda path: to_device(load_dataset(path, env, goal), cfg.reach, everywhere)
     slices = stream(paths, load, cfg, int(states.step[0]))
     with jax.set_mesh(mesh):
         return fit(jax.device_put(states, by_seed), slices, folder, record, cfg, short, env_id)
@@ -1168,6 +1211,8 @@ def run(given):
     cfg = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in (settings | given).items()})
     if "edp" in [method_of(m)[0]["method"] for m in cfg.methods] and not cfg.edp:
         raise UserError("edp is a policy of its own, which this run does not train: train one with --edp 100")
+    if 0 < cfg.long_horizon < cfg.horizon:
+        raise UserError(f"--long-horizon {cfg.long_horizon} is shorter than the {cfg.horizon} of --horizon")
     changed = [f"{k} {v}" for k, v in asdict(cfg).items() if v != getattr(Config, k)]
     print(f"qgf     {env_id}, seed {cfg.seed} -> {folder}\nconfig  {', '.join(changed)}")
     devices = f"{jax.device_count()} of {jax.devices()[0].device_kind}"

@@ -7,7 +7,6 @@ import itertools
 import json
 import math
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -179,6 +178,37 @@ def test_edp_loss_equals_a_numpy_loop_and_leaves_the_others_alone():
         jax.tree.leaves(grads), jax.tree.leaves(moved)
     ):  # Adam's first step is -lr g / (|g| + 1e-8)
         np.testing.assert_allclose(d, -CFG.lr * g / (abs(g) + 1e-8), atol=2e-5)
+
+
+def test_dqc_loss_equals_a_numpy_loop_and_reaches_both_critics_alone():
+    cfg = replace(CFG, long_horizon=4, kappa=0.8)
+    data = qgf.to_device(random_data(), cfg.reach)
+    assert len(data["starts"]) == 60 - 4 * 4  # whole long chunks only
+    batch = jax.device_get(sample_batch(jax.random.PRNGKey(5), data, cfg))
+    assert batch["long_actions"].shape == (32, 4 * A) and batch["actions"].shape == (32, 3 * A)
+    np.testing.assert_array_equal(batch["long_actions"][:, : 3 * A], batch["actions"])
+    state, s = some_state(cfg), batch["observations"]
+    assert_same(state.params["critic"], some_state().params["critic"])
+    q_long = numpy_q(state.params["long_critic"], s, batch["long_actions"])
+    q = numpy_q(state.params["critic"], s, batch["actions"])
+    v_next = numpy_mlp(state.params["value"], batch["next_observations"])[:, 0]
+    y = batch["returns"] + cfg.discount**4 * batch["masks"] * v_next
+    gap = q_long - q
+    want = np.mean((q_long - y) ** 2) + np.mean(np.where(gap > 0, 0.8, 0.2) * gap**2)
+    loss, _ = jit(qgf.dqc_loss)(state.params, batch, cfg)
+    assert loss == pytest.approx(want, rel=1e-5)
+    g = jax.jit(jax.grad(lambda p: qgf.dqc_loss(p, batch, cfg)[0]))(state.params)
+    reached = {k for k, v in g.items() if any(x.any() for x in jax.tree.leaves(v))}
+    assert reached == {"critic", "long_critic"}
+    alone, _ = jit(
+        lambda p, cfg: jax.grad(qgf.critic_loss, has_aux=True)(
+            p["long_critic"], p["value"], batch | dict(actions=batch["long_actions"]), cfg
+        )
+    )(state.params, cfg)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), g["long_critic"], alone)
+    updated, info = update(state, batch, KEY, cfg)
+    assert info["critic_loss"] == pytest.approx(want, rel=1e-5)
+    assert (updated.params["long_critic"][0]["w"] != state.params["long_critic"][0]["w"]).any()
 
 
 def test_each_loss_reaches_its_own_network_alone():
@@ -590,19 +620,43 @@ def test_every_method_is_its_plain_loop_and_best_of_2(method):
         assert (abs(got - sample(nets, s, a_0, 0.0)).max(axis=1) > 1e-3).all()
 
 
-def test_the_readmes_fork_runs(monkeypatch):
-    """Its lines, put where it says, make a method of their own."""
+def forked(number):
+    """qgf.py with the README's diff of that number: its + lines go behind the unchanged one before them."""
     here = Path(qgf.__file__).parent
-    diff = (here / "README.md").read_text().split("```diff\n")[1].split("```")[0]
-    assert 0 < diff.count("\n") < 12 and all(line.startswith("+") for line in diff.splitlines())
-    before, after = (here / "qgf.py").read_text().split("SCHEDULE = ")
+    source = (here / "qgf.py").read_text()
+    lines = (here / "README.md").read_text().split("```diff\n")[number].split("```")[0].splitlines()
+    assert len(lines) < 12
+    for line in lines:
+        if line[0] == " ":
+            assert source.count(line[1:] + "\n") == 1, line
+            place = source.index(line[1:] + "\n") + len(line)
+        else:
+            source = source[:place] + line[1:] + "\n" + source[place:]
+            place += len(line)
     fork = types.ModuleType("fork")
-    monkeypatch.setitem(sys.modules, "fork", fork)
-    exec(before + re.sub("^.", "", diff, flags=re.M) + "\nSCHEDULE = " + after, vars(fork))
+    sys.modules["fork"] = fork  # where dataclasses look
+    exec(source, vars(fork))
+    return fork
+
+
+def test_the_readmes_new_guidance_runs():
+    fork = forked(1)
     (name,) = fork.GUIDANCE.keys() - qgf.GUIDANCE.keys()
     nets, s, a_0 = sampling()
     ours, bc, plain = (fork.sample_actions(nets, s, a_0, 0.5, method) for method in (name, "bc", "qgf"))
     assert np.isfinite(ours).all() and (ours != bc).any() and (ours != plain).any()
+
+
+def test_the_readmes_new_loss_runs_and_reaches_the_critic_alone():
+    fork, state, batch = forked(2), some_state(), batch_of()
+    ours, info = jit(fork.update)(state, batch, KEY, CFG)
+    plain, without = update(state, batch, KEY, CFG)
+    assert info["critic_loss"] != without["critic_loss"]
+    assert info["value_loss"] == pytest.approx(without["value_loss"])
+    for a, b in zip(jax.tree.leaves(ours.params["policy"]), jax.tree.leaves(plain.params["policy"])):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+    kernels = (state.params["critic"][0]["w"] for state in (ours, plain))
+    assert (next(kernels) != next(kernels)).any()
 
 
 # ---- closed forms: the reference is N(μ, σ²) with its exact velocity, and guided flows are linear ODEs ---
@@ -1150,6 +1204,8 @@ def test_the_papers_settings():
     assert [single[k] for k in names] == [500_000, 1024, 1024, 4, 3e-4, 0.999, 0.9, 5]
     assert 0.01 in single["weights"]  # the peak of its sweep
     assert [goal[k] for k in names[:2]] == [1_000_000, 4096]
+    assert goal["long_horizon"] == 25 and single["long_horizon"] == 0
+    assert [qgf.defaults(f"puzzle-4x{i}", "oracle", "paper")["horizon"] for i in (5, 6)] == [5, 1]
     # Q = γ^k, k steps before the goal, and ours: -1 a step, discounted. Its gradient is 1-γ times as steep.
     k, discount = np.array([10.0, 50.0]), 0.999
     ours = -(1 - discount**k) / (1 - discount)
@@ -1187,8 +1243,8 @@ def test_a_film_shows_both_methods_side_by_side(tmp_path, monkeypatch):
     with Image.open(cfg.gif) as film:
         frames = [np.asarray(f.convert("L")) for f in ImageSequence.Iterator(film)]
     assert frames[0].shape == (64, 400)
-    assert frames[0][40, 0] < frames[1][40, 0] == frames[1][40, 399]  # both go on, step by step
-    assert (frames[0][:20, :200] != frames[0][:20, 200:]).any()  # other words above each
+    assert frames[0][9, 0] < frames[1][9, 0] == frames[1][9, 399]  # both go on, step by step
+    assert (frames[0][44:, :200] != frames[0][44:, 200:]).any()  # other words below each
 
     def dark(self):
         raise RuntimeError("no display")
@@ -1258,6 +1314,7 @@ def main(home, *args):
         (["--data", "nowhere.npz", "--out", "other"], "nowhere.npz: No such file"),
         (["--data", ".", "--out", "other"], "has no .npz in it"),
         (["--seeds", "2"], "holds a run with --seeds 1"),
+        (["--long-horizon", "3", "--out", "other"], "--long-horizon 3 is shorter than the 5"),
         (["--gif", "film.gif"], "no episode that QGF solved"),
         (["--width", "32"], "holds a run with --width 16"),
         (["--eval", "--width", "32"], "holds a run with --width 16"),
