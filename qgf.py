@@ -148,7 +148,7 @@ def value(layers, s):
     return mlp(layers, s)[..., 0]
 
 def init_params(key, s_dim, a_dim, cfg, unseen=0):
-    """Fresh parameters for states of size s_dim and actions of size a_dim: dict(policy, critic, value).
+    """Fresh parameters for states of size s_dim and actions of size a_dim: dict(policy, critic, value, ...).
 
     The policy does not see the last `unseen` numbers of a state, its goal.
     """
@@ -226,7 +226,7 @@ def edp_loss(policy, target_critic, s, a_1, key, cfg):
 class State(NamedTuple):
     """All that training changes: from it and the data, a run continues bit for bit."""
 
-    params: dict  # policy, critic, value, and edp if asked for
+    params: dict  # policy, critic, value; long_critic and edp if asked for
     target: list  # Q̄, the Polyak average of the critic
     opt: tuple  # Adam's moments
     key: jax.Array  # the run's; update i uses fold_in(key, i), however updates are grouped into calls
@@ -323,10 +323,12 @@ def train(state, data, n, cfg):
 @partial(jax.jit, static_argnames=("n", "cfg"), donate_argnames="states")
 def train_seeds(states, data, n, cfg):
     """`train` for a State of each seed (axis 0 of all arrays), on the same data. -> States, dict of (K, n)"""
-    if len(states.step) == 1:  # on a CPU, XLA multiplies batches of one matrix on one core only
-        state, info = train(jax.tree.map(lambda x: x[0], states), data, n, cfg)
-        return jax.tree.map(lambda x: x[None], (state, info))
-    return jax.vmap(lambda state: train(state, data, n, cfg))(states)
+    def one(state):
+        return train(state, data, n, cfg)
+
+    if jax.default_backend() == "cpu" and jax.device_count() == 1:
+        return jax.lax.map(one, states)  # one after the other: one seed keeps a CPU busy
+    return jax.vmap(one)(states)
 
 
 # ---- 5 Guidance: each step of the flow is nudged by the critic ---------------------------------------------

@@ -396,16 +396,13 @@ def assert_close(a, b):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), a, b)
 
 
-def test_seeds_trained_at_once_differ_and_equal_single_runs():
+def test_seeds_trained_at_once_differ_and_are_those_of_single_runs():
     cfg = replace(CFG, depth=1, seed=5, seeds=3)
     states, info = qgf.train_seeds(qgf.init_seeds(S, A, 0, cfg), DATA, 3, cfg)
     assert len({float(x) for x in info["flow_loss"][:, 0]}) == 3  # other batches, other noise
     for i in range(3):
         alone, _ = qgf.train(qgf.init_state(jax.random.PRNGKey(5 + i), S, A, cfg), DATA, 3, cfg)
-        assert_close(jax.tree.map(lambda x: x[i], states.params), alone.params)  # noqa: B023
-    one = replace(cfg, seed=7, seeds=1)
-    states, info = qgf.train_seeds(qgf.init_seeds(S, A, 0, one), DATA, 3, one)
-    assert_same(jax.tree.map(lambda x: x[0], states), alone)  # a single seed is no other program
+        assert_same(jax.tree.map(lambda x: x[i], states), alone)  # noqa: B023
 
 
 ON_TWO_DEVICES = """
