@@ -435,7 +435,9 @@ print("the same")
 
 
 def test_two_devices_share_the_seeds_or_a_batch_and_find_the_same():
-    env = os.environ | dict(XLA_FLAGS="--xla_force_host_platform_device_count=2")
+    env = os.environ | dict(
+        XLA_FLAGS="--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+    )
     command = [sys.executable, "-c", ON_TWO_DEVICES, str(Path(qgf.__file__).parent)]
     p = subprocess.run(command, env=env, text=True, capture_output=True)
     assert p.stdout == "the same\n", p.stderr
@@ -1175,7 +1177,7 @@ def test_a_run_on_slices_that_meets_a_broken_one_keeps_what_it_has_and_goes_on(h
     whole = (slices / "1.npz").read_bytes()
     (slices / "1.npz").write_bytes(whole[:999])
     args = ["--data", str(slices), "--swap", "50", "--out", str(home / "sliced"), "--seeds", "2"]
-    args += ["--updates", "170", "--episodes", "1", "--choose", "1"]
+    args += ["--updates", "170", "--episodes", "1", "--methods", "bc@2"]
     assert main(home, *args) == 1
     assert "slices/1.npz is missing, truncated" in capsys.readouterr().err
     order = np.random.default_rng((0, 0)).permutation(3).tolist()
@@ -1192,7 +1194,7 @@ def test_a_run_on_slices_that_meets_a_broken_one_keeps_what_it_has_and_goes_on(h
     assert metrics["step"].tolist() == [50, 50, 100, 100, 150, 150, 170, 170]
     assert metrics["seed"].tolist() == [0, 1] * 4
     runs = [e.run for e in qgf.read_episodes(folder)[1]]
-    assert runs == ["cube-single-s0"] * 2 + ["cube-single-s1"] * 2  # bc and qgf of each
+    assert runs == ["cube-single-s0"] * 2 + ["cube-single-s1"] * 2  # bc and bc@2 of each
 
 
 def test_the_papers_settings():
