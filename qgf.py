@@ -1119,7 +1119,7 @@ def parse(argv):
     given = vars(parser.parse_args(argv))
     for name, v in given.items():
         low = 0 if name in ("seed", "collect", "edp", "long_horizon") else 1e-9
-        high = 1 if name in ("discount", "expectile", "target_rate") else math.inf
+        high = 1 if name in ("discount", "expectile", "target_rate", "kappa") else math.inf
         text = isinstance(v, str) or name == "methods"
         if not text and not low <= np.min(v) <= np.max(v) <= high:
             raise UserError(f"--{name.replace('_', '-')} {v} is out of range")
