@@ -1,22 +1,24 @@
 # SPDX-License-Identifier: MIT
-"""Q-Guided Flow (QGF) in one file: a flow policy and a critic, trained apart; the critic steers when it acts.
+"""Q-Guided Flow (QGF) in one file: a flow policy and a critic, trained apart; when acting, Q steers the flow.
 
 Zhou, Peng, Xu, Li, Springenberg, Frans, Levine, "Test-Time Gradient Guidance of Flow Policies in
-Reinforcement Learning", arXiv 2606.11087. Let s be a state, a_1 an action chunk (H consecutive actions,
-flattened), a_0 ~ N(0, I) noise, and a_t = (1-t) a_0 + t a_1 in between.
+Reinforcement Learning", arXiv 2606.11087. Let s be a state, s_i and r_i the state and the reward i steps
+later, a_1 an action chunk (H consecutive actions, flattened), a_0 ~ N(0, I) noise, t a flow time in [0, 1]
+and a_t = (1-t) a_0 + t a_1.
 
-    train  policy  v_θ(s, a_t, t)  towards  a_1 - a_0                          behaviour cloning (a flow)
-           critic  Q_φ(s, a_1)  towards  Σ_{i<H} γ^i r_{t+i} + γ^H V(s_{t+H})  implicit Q-learning (IQL)
-           value   V(s)  towards  the τ-expectile of min_k Q̄_k(s, a_1)         Q̄: Polyak average of Q
-    act    for t = 0, 1/T, ..., (T-1)/T:
-               â_1 = clip(a_t + (1-t) v_θ(s, a_t, t), -1, 1)                   one-step clean estimate
-               a  += 1/T (v_θ(s, a_t, t) + w ∇_{â_1} min_k Q̄_k(s, â_1))        w = 0: behaviour cloning
+    train  policy  v_θ(s, a_t, t)  towards  a_1 - a_0                      behaviour cloning (BC), by a flow
+           critic  Q_φ(s, a_1)  towards  Σ_{i<H} γ^i r_i + γ^H V(s_H)      implicit Q-learning (IQL)
+           value   V(s)  towards  the τ-expectile of min_k Q̄_k(s, a_1)     Q̄: Polyak average of Q
+    act    for t = 0, 1/T, ..., (T-1)/T, from noise a_0 on:
+               â_1 = clip(a_t + (1-t) v_θ(s, a_t, t), -1, 1)               one-step clean estimate
+               a_t += 1/T (v_θ(s, a_t, t) + w ∇_{â_1} min_k Q̄_k(s, â_1))   w = 1/β; w = 0 is BC
+           the action is clip(a_1, -1, 1)
 
     python qgf.py --env cube-single      from nothing to a table that answers "did guidance help?"
     python qgf.py --help                 all options; each is a field of Config
 
-Sections 1 to 5 are the algorithm: pure functions on arrays and pytrees. Sections 6 to 9 feed it, test it and
-keep it. Left out, because they would hide it: pixels, online fine-tuning, other backbones, trackers.
+Sections 1 to 5 are the algorithm: pure functions on arrays and pytrees. Sections 6 to 9 feed it, evaluate it
+and save it. Left out, because they would hide it: RobustQ, CFGRL, pixels, online fine-tuning, trackers.
 """
 import argparse, csv, difflib, errno, hashlib, http.client, json, math, os, platform, re  # noqa: E401
 import shutil, signal, sys, threading, time, timeit, urllib.request, warnings  # noqa: E401
@@ -27,7 +29,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache, partial
 from importlib.metadata import version
-from multiprocessing import get_context, parent_process
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,11 +72,11 @@ class Config:
     discount: float = option(0.99, "γ, per environment step")
     expectile: float = option(0.9, "τ of V: .5 is the mean over the data's actions, 1 the maximum")
     target_rate: float = option(0.005, "rate of the critic's Polyak average, per update")
-    goal: str = option("", "no rewards, but goals, given as OGBench's `oracle` does, or as a whole `state`")
+    goal: str = option("", "to goals, not for rewards: OGBench's `oracle` representation, or a whole `state`")
     goal_flow: bool = option(False, "with --goal, let the flow see the goal, too, not the critic alone")
-    long_horizon: int = option(0, "above 0, DQC: a critic of chunks that long teaches Q, which is of H")
-    kappa: float = option(0.8, "κ of that: Q is the κ-expectile over what may follow the first H actions")
-    edp: float = option(0.0, "α of EDP; above 0, a second policy is trained by it, the train-time twin")
+    long_horizon: int = option(0, "h_c of DQC; above 0, a critic of chunks that long teaches Q")
+    kappa: float = option(0.8, "κ of DQC: Q is the κ-expectile of that critic over the actions after H")
+    edp: float = option(0.0, "α of EDP, QGF's train-time twin; above 0, it trains a second policy")
     # networks and optimiser
     width: int = option(256, "units in a hidden layer")
     depth: int = option(3, "hidden layers in a network")
@@ -82,32 +84,31 @@ class Config:
     batch_size: int = option(256, "chunks in a batch")
     updates: int = option(10_000, "gradient updates in all; a finished run goes on if given more")
     # evaluation
-    methods: tuple = option(("bc", "qgf"), "names in GUIDANCE; NAME@4 is best of 4, NAME+score its schedule")
-    weights: tuple = option((0.01, 0.03, 0.06, 0.1), "guidance weights w, of which each method gets its own")
-    choose: int = option(20, "episodes per weight that choose it, and are not reported")
+    methods: tuple = option(("bc", "qgf"), "names in GUIDANCE; @4 is best of 4, +score scales w by (1-t)/t")
+    weights: tuple = option((0.01, 0.03, 0.06, 0.1), "guidance weights w to try; each method gets its best")
+    choose: int = option(20, "episodes per weight to choose it by, which are not reported")
     episodes: int = option(50, "fresh episodes in a reported row")
     watch: float = option(10.0, "minutes of training between two looks at a few episodes")
 
     @property
     def reach(self):
-        """Steps from a state to the one that its critic's target is bootstrapped from."""
+        """R, steps from a state to the one that its critic's target is bootstrapped from: H, or h_c."""
         return self.long_horizon or self.horizon
 
 
 # ---- 2 Networks: parameters are plain pytrees, networks pure functions of them -----------------------------
 # Dense -> LayerNorm -> GELU, as in the official code. Sizes: B batch, S state, A action, H*A chunk.
 
-glorot_uniform = jax.nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
-
-def init_mlp(key, sizes, norm_last=True, out_init=glorot_uniform):
+def init_mlp(key, sizes, actor=False):
     """Layers of an MLP with these sizes (input, hidden ..., output): a list of dicts of arrays.
 
-    The official actor has no LayerNorm after its last hidden layer, and draws its output kernel otherwise.
+    An actor has no LayerNorm after its last hidden layer and a LeCun normal output, as in the official code.
     """
-    keys = jax.random.split(key, len(sizes) - 1)
-    layers = [dict(w=glorot_uniform(k, (m, n)), b=jnp.zeros(n)) for k, m, n in zip(keys, sizes, sizes[1:])]
-    layers[-1]["w"] = out_init(keys[-1], sizes[-2:])
-    for layer in layers[: -1 if norm_last else -2]:
+    keys, glorot = jax.random.split(key, len(sizes) - 1), jax.nn.initializers.glorot_uniform()
+    layers = [dict(w=glorot(k, (m, n)), b=jnp.zeros(n)) for k, m, n in zip(keys, sizes, sizes[1:])]
+    if actor:
+        layers[-1]["w"] = jax.nn.initializers.lecun_normal()(keys[-1], sizes[-2:])
+    for layer in layers[: -2 if actor else -1]:
         layer |= dict(scale=jnp.ones_like(layer["b"]), shift=jnp.zeros_like(layer["b"]))
     return layers
 
@@ -154,13 +155,12 @@ def init_params(key, s_dim, a_dim, cfg, unseen=0):
     """
     key_policy, key_critic, key_value = jax.random.split(key, 3)
     hidden, chunk = [cfg.width] * cfg.depth, cfg.horizon * a_dim
-    lecun = jax.nn.initializers.lecun_normal()
 
     def two_critics(key, chunk):
         return jax.vmap(lambda k: init_mlp(k, [s_dim + chunk, *hidden, 1]))(jax.random.split(key, 2))
 
     params = dict(
-        policy=init_mlp(key_policy, [s_dim - unseen + chunk + 16, *hidden, chunk], False, lecun),
+        policy=init_mlp(key_policy, [s_dim - unseen + chunk + 16, *hidden, chunk], actor=True),
         critic=two_critics(key_critic, chunk),
         value=init_mlp(key_value, [s_dim, *hidden, 1]),
     )
@@ -183,12 +183,12 @@ def noisy_actions(a_1, key, cfg):
     return a_0, (1 - t) * a_0 + t * a_1, t
 
 def flow_matching_loss(policy, s, a_1, key, cfg):
-    """Behaviour cloning: E (v_θ(s, a_t, t) - (a_1 - a_0))², a mean over all of s (B, S), a_1 (B, H*A)."""
+    """Behaviour cloning: (v_θ(s, a_t, t) - (a_1 - a_0))², mean over B and H*A: s (B, S), a_1 (B, H*A)."""
     a_0, a_t, t = noisy_actions(a_1, key, cfg)
     return jnp.mean((velocity(policy, s, a_t, t) - (a_1 - a_0)) ** 2)
 
 def critic_loss(critic, value_layers, batch, cfg):
-    """E (Q_k(s, a) - y)² of both, y = Σ_{i<H} γ^i r_{t+i} + γ^H mask V(s_{t+H}). -> loss, Q (2, B)"""
+    """(Q_k(s, a) - y)², mean over k and B; y = Σ_{i<R} γ^i r_i + γ^R mask V(s_R). -> loss, Q (2, B)"""
     v_next = jax.lax.stop_gradient(value(value_layers, batch["next_observations"]))  # (B,)
     y = batch["returns"] + cfg.discount**cfg.reach * batch["masks"] * v_next
     q = q_values(critic, batch["observations"], batch["actions"])
@@ -205,7 +205,7 @@ def value_loss(layers, target_critic, batch, cfg):
     return jnp.mean(expectile_loss(q - v, cfg.expectile)), v
 
 def dqc_loss(params, batch, cfg):
-    """DQC: Q_c, of h_c actions, learns by `critic_loss`, and Q, of the first H of them, from Q_c.
+    """DQC: Q_c, of h_c actions, learns by `critic_loss`; Q, of the first H of these, learns from Q_c.
 
     E L2^κ(Q_c(s, a_c) - Q(s, a)): values travel h_c steps in an update, and Q expects good actions after a.
     -> loss, Q (2, B)
@@ -243,36 +243,37 @@ def init_state(key, s_dim, a_dim, cfg, unseen=0):
 def sample_batch(key, data, cfg):
     """Draw B chunks from dict(observations (N, S), actions (N, A), rewards (N,), masks (N,), starts (M,)).
 
-    `starts` has the rows from which a whole chunk, and the state after it, lie in one trajectory. `masks` is
-    0 where the task is solved: rewards count up to that row, and nothing is bootstrapped beyond it. With
-    cfg.goal, `data` has goals (N, G) and ends (N,) for `hindsight`, and states are (s, g).
+    `starts` has the rows from which a whole chunk lies in one trajectory, and so does the state after it, if
+    it counts. `masks` is 0 where the task is solved: rewards count up to that row, and nothing is
+    bootstrapped beyond it. With cfg.goal, `data` has goals (N, G) and ends (N,) for `hindsight`, and states
+    are (s, g).
     """
     i = jax.random.choice(key, data["starts"], (cfg.batch_size,))  # (B,)
-    window = i[:, None] + jnp.arange(cfg.reach)  # (B, 1) + (H,) -> (B, H), H being cfg.reach
+    window = i[:, None] + jnp.arange(cfg.reach)  # (B, 1) + (R,) -> (B, R)
     s, s_next = data["observations"][i], data["observations"][i + cfg.reach]  # (B, S)
     if cfg.goal:
         g, rewards, masks = hindsight(key, data, window)
         s, s_next = jnp.concatenate([s, g], axis=1), jnp.concatenate([s_next, g], axis=1)  # (B, S+G)
     else:
-        rewards, masks = data["rewards"][window], data["masks"][window]  # (B, H)
-    alive = jnp.cumprod(masks, axis=1)  # (B, H), 0 from the first success on
-    counts = jnp.pad(alive[:, :-1], ((0, 0), (1, 0)), constant_values=1)  # (B, H), 0 after the first success
-    actions = data["actions"][window]  # (B, H, A)
+        rewards, masks = data["rewards"][window], data["masks"][window]  # (B, R)
+    alive = jnp.cumprod(masks, axis=1)  # (B, R), 0 from the first success on
+    counts = jnp.pad(alive[:, :-1], ((0, 0), (1, 0)), constant_values=1)  # (B, R), 0 after the first success
+    actions = data["actions"][window]  # (B, R, A)
     return dict(
         observations=s,
-        actions=actions[:, : cfg.horizon].reshape(cfg.batch_size, -1),  # (B, H, A) -> (B, H*A)
-        long_actions=actions.reshape(cfg.batch_size, -1),  # the same but with cfg.long_horizon
+        actions=actions[:, : cfg.horizon].reshape(cfg.batch_size, -1),  # (B, R, A) -> (B, H*A)
+        long_actions=actions.reshape(cfg.batch_size, -1),  # (B, R, A) -> (B, R*A), for DQC's long critic
         returns=(counts * rewards) @ cfg.discount ** jnp.arange(cfg.reach),  # (B,)
         masks=alive[:, -1],  # (B,)
         next_observations=s_next,
     )
 
 def hindsight(key, data, window):
-    """Goals that were reached: window (B, H) of rows -> goals (B, G), rewards (B, H), masks (B, H).
+    """Goals that were reached: window (B, R) of rows -> goals (B, G), rewards (B, R), masks (B, R).
 
     A goal is the state at row k, by `data["goals"]` (N, G): the present one (.2), a later one of the same
-    trajectory (.5), or any (.3), as in DQC. The reward is -1, and the mask 1, until a state is near it: 0.4,
-    which is OGBench's own 4 cm in the units of its oracle representation, and tells buttons on from off.
+    trajectory (.5), or any (.3), as in DQC. The reward is -1, and the mask 1, until each number is within
+    0.4 of the goal's: for a cube, 4 cm along each axis (OGBench: 4 cm in all); for a button, the same state.
     """
     i, (key_kind, key_later, key_any) = window[:, 0], jax.random.split(jax.random.fold_in(key, 1), 3)
     later = jax.random.randint(key_later, i.shape, i + 1, data["ends"][i] + 1)
@@ -280,7 +281,7 @@ def hindsight(key, data, window):
     kind = jax.random.uniform(key_kind, i.shape)
     k = jnp.where(kind < 0.2, i, jnp.where(kind < 0.7, later, anywhere))  # (B,)
     g = data["goals"][k]  # (B, G)
-    masks = jnp.float32(abs(data["goals"][window] - g[:, None]).max(axis=-1) > 0.4)  # (B, H, G) -> (B, H)
+    masks = jnp.float32(abs(data["goals"][window] - g[:, None]).max(axis=-1) > 0.4)  # (B, R, G) -> (B, R)
     return g, -masks, masks
 
 def update(state, batch, key, cfg):
@@ -323,9 +324,7 @@ def train(state, data, n, cfg):
 @partial(jax.jit, static_argnames=("n", "cfg"), donate_argnames="states")
 def train_seeds(states, data, n, cfg):
     """`train` for a State of each seed (axis 0 of all arrays), on the same data. -> States, dict of (K, n)"""
-    def one(state):
-        return train(state, data, n, cfg)
-
+    one = partial(train, data=data, n=n, cfg=cfg)
     if jax.default_backend() == "cpu" and jax.device_count() == 1:
         return jax.lax.map(one, states)  # one after the other: one seed keeps a CPU busy
     return jax.vmap(one)(states)
@@ -334,7 +333,7 @@ def train_seeds(states, data, n, cfg):
 # ---- 5 Guidance: each step of the flow is nudged by the critic ---------------------------------------------
 # An estimator says where to push a_t: (nets, s (B, S), a_t (B, H*A), t (B, 1), v (B, H*A), T) -> (B, H*A),
 # with nets = dict(policy, critic), v = v_θ(s, a_t, t), T Euler steps in all. A new one is a function and its
-# name in GUIDANCE. They differ in the action at which the critic is asked, and in what the gradient is of.
+# name in GUIDANCE. They differ in the action at which the critic is asked, and in what is differentiated.
 
 def acting_nets(state):
     """The networks that act: the policies, and the target critic as their guide."""
@@ -345,7 +344,7 @@ def grad_q(nets, s, a, clean=lambda a: a):
     return jax.grad(lambda a: q_min(nets["critic"], s, clean(a)).sum())(a)  # each row has its own term
 
 def integrate(nets, s, a_t, t, T):
-    """ODE(a_t): the end of the flow, left alone from a_t (B, H*A) at t (B, 1) for the steps that remain."""
+    """ODE(a_t): where the unguided flow ends from a_t (B, H*A) at t (B, 1), after the steps that remain."""
 
     def euler(a, i):
         now = t + i / T  # (B, 1)
@@ -389,9 +388,9 @@ def sample_actions(nets, s, a_0, w, method="qgf", schedule="constant", denoise_s
 
     Best of N: a state has N candidates, one for each row of noise; the one with the largest Q̄ is returned.
     The weight is traced, so that another one, or one for each row, compiles nothing new. `score` scales it
-    by (1-t)/t, for v = (a_t + (1-t) ∇log p_t)/t makes a tilt of log p_t by g one of v by (1-t)/t g; it is
+    by (1-t)/t: as v = (a_t + (1-t) ∇log p_t)/t, adding g to the score ∇log p_t adds (1-t)/t g to v. It is
     taken in the middle of a step, and so is finite in the first. `gradstep` climbs Q̄ after the flow has
-    ended, in ASCENTS steps of size w, and `edp` is the flow of the policy so trained, unguided.
+    ended, in ASCENTS steps of size w; `edp` is the unguided flow of the policy that `edp_loss` trains.
     """
     (B, N, D), T = a_0.shape, denoise_steps
     s = jnp.repeat(s, N, axis=0)  # (B, S) -> (B*N, S)
@@ -416,7 +415,7 @@ def sample_actions(nets, s, a_0, w, method="qgf", schedule="constant", denoise_s
 
 
 # ============================================================================================================
-# The algorithm ends here; the rest feeds it, tests it and keeps it.
+# The algorithm ends here; the rest feeds it, evaluates it and saves it.
 # ---- 6 Data: a file of one's own, OGBench's download, or OGBench's scripted play policies ------------------
 DATA_DIR = Path("~/.ogbench/data").expanduser()
 MIRROR = "https://huggingface.co/datasets/zhouzypaul/ogbench_datasets/resolve/main"
@@ -431,11 +430,12 @@ class UserError(Exception):
     """What a user can mend, in one line that says what is wrong and what to do."""
 
 def find_task(name, goal=""):
-    """-> family cube-double, run cube-double-task3, environment cube-double-singletask-task3-v0, dataset
-    cube-double-play-v0, goal. With one, or a name without `singletask`: cube-double-goal, cube-double-v0.
+    """-> family, run, environment, dataset and goal, as in cube-double, cube-double-task3,
+    cube-double-singletask-task3-v0, cube-double-play-v0, "". With a goal, or a full name without
+    `singletask`: cube-double, cube-double-goal, cube-double-v0, cube-double-play-v0, "oracle".
     """
     form = rf"(.+?)(?:-({'|'.join(KINDS)}))?(?:-singletask|-oraclerep)?(-task\d)?(?:-v0)?"
-    base, kind, task = re.fullmatch(form, name or "?").groups()
+    base, kind, task = re.fullmatch(form, name or "?", re.DOTALL).groups()
     usual = "navigate" if "maze" in name or "soccer" in name else "play"
     goal = goal or ("oracle" if name.endswith("-v0") and "-singletask" not in name else "")
     known = [i for i in gymnasium.registry if "-singletask" in i and not i.startswith("visual")]
@@ -466,7 +466,8 @@ def atomic_write(path, mode="wb"):
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as e:
-        e.filename = str(path)  # a full disk does not say where
+        if e.errno:
+            e.filename = str(path)  # a full disk does not say where
         raise
     finally:
         part.unlink(missing_ok=True)
@@ -482,15 +483,31 @@ def download(dataset, path):
                     raise ConnectionError("the connection broke off")
             return True
         except (OSError, http.client.HTTPException) as e:
-            if getattr(e, "errno", None) in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.ENOTDIR):
+            disk = errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR
+            if getattr(e, "errno", None) in disk:
                 raise
             print(f"cannot download {url}: {getattr(e, 'reason', e)}")
     return False
 
 def start_worker():
-    """In a worker process: leave Ctrl-C to the parent, and end when the parent has gone, however it went."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """In a worker process: end when the parent has gone, however it went."""
     threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+
+@contextmanager
+def workers(n, size):
+    """Yields n pools of `size` worker processes, which leave Ctrl-C to this one, and ends them."""
+    pools = [ProcessPoolExecutor(size, get_context("spawn"), start_worker) for _ in range(n)]
+    try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])  # a new process inherits it
+        for pool in pools:
+            pool.submit(int)  # starts its processes
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT, signal.SIGTERM])
+        yield pools
+    finally:
+        for pool in pools:
+            pool.shutdown(wait=False, cancel_futures=True)
+        for process in active_children():
+            process.join()  # or their end would slow what `cost` times next
 
 @cache
 def playground(base):
@@ -550,11 +567,8 @@ def find_dataset(cfg, base, dataset):
         if not (dataset.endswith("-play-v0") and base.startswith(("cube", "scene", "puzzle"))):
             raise UserError(f"no scripted policy makes {dataset}: give --data FILE, or put it at {official}")
         print(f"collecting {n} episodes of 1000 transitions with OGBench's play policies", flush=True)
-        pool = ProcessPoolExecutor(CORES, get_context("spawn"), start_worker)
-        try:
+        with workers(1, CORES) as [pool]:
             episodes = list(progress(pool.map(partial(play, base), range(n)), "collecting", n, unit="k"))
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
         with atomic_write(collected) as file:
             np.savez(file, **{k: np.concatenate([e[k] for e in episodes]) for k in episodes[0]})
     return [collected], "collected with OGBench's play policies"
@@ -570,17 +584,18 @@ def load_dataset(path, env, goal=""):
     try:
         with np.load(path, allow_pickle=False) as file:
             data = {k: file[k] for k in file.files if k in wanted}
-    except Exception as e:  # whatever numpy, zipfile or zlib say of a file that is not what it should be
-        raise UserError(f"{path} is missing, truncated or no .npz dataset ({e}): give another") from None
-    n, s_dim, a_dim = len(data.get("actions", ())), env.observation_space.shape[0], env.action_space.shape[0]
-    if goal:
-        data |= dict(rewards=np.zeros(n), masks=np.ones(n), goals=data.get("observations"))
-        if goal == "oracle" and len(data.get("qpos", ())) == n:
-            ogbench.relabel_utils.add_oracle_reps(env.spec.id, env, data)
-            data["goals"] = data["oracle_reps"]
-    elif "rewards" not in data and len(data.get("qpos", ())) == n:
-        ogbench.relabel_utils.relabel_dataset(env.spec.id, env, data)
-    data.setdefault("masks", np.ones(n))
+        n, s_dim, a_dim = len(data["actions"]), env.observation_space.shape[0], env.action_space.shape[0]
+        if goal:
+            data |= dict(rewards=np.zeros(n), masks=np.ones(n), goals=data["observations"])
+            if goal == "oracle" and "qpos" in data:
+                ogbench.relabel_utils.add_oracle_reps(env.spec.id, env, data)
+                data["goals"] = data["oracle_reps"]
+        elif "rewards" not in data and "qpos" in data:
+            ogbench.relabel_utils.relabel_dataset(env.spec.id, env, data)
+        data = {k: np.asarray(v, np.float32) for k, v in (dict(masks=np.ones(n)) | data).items()}
+    except Exception as e:  # whatever numpy, zipfile or OGBench say of a file that is not theirs
+        name = f".npz dataset of {env.spec.id}"
+        raise UserError(f"{path} is missing, truncated or no {name} ({e!r:.70})") from None
     shapes = dict(observations=(n, s_dim), actions=(n, a_dim), terminals=(n,), rewards=(n,), masks=(n,))
     if goal:
         shapes["goals"] = n, env.reset(options=dict(task_id=1))[1]["goal"].size
@@ -588,7 +603,6 @@ def load_dataset(path, env, goal=""):
         found = data[key].shape if key in data else "missing"
         if n == 0 or found != shape:
             raise UserError(f"{path} is no dataset of {env.spec.id}: `{key}` is {found}, expected {shape}")
-        data[key] = np.asarray(data[key], np.float32)
         finite = np.isfinite(data[key].reshape(n, -1)).all(axis=1)
         if not finite.all():
             raise UserError(f"{path}: `{key}` has NaN or Inf in row {finite.argmin()}: drop its trajectory")
@@ -600,9 +614,10 @@ def load_dataset(path, env, goal=""):
 
 def to_device(data, horizon, sharding=None):
     """What `load_dataset` gives -> what `sample_batch` takes, on the device."""
-    starts = np.flatnonzero(np.arange(len(data["ends"])) + horizon <= data["ends"])
+    solved = data["masks"][data["ends"]] == 0  # at the trajectory's last row: no state need follow that
+    starts = np.flatnonzero(np.arange(len(data["ends"])) + horizon <= data["ends"] + solved)
     if len(starts) == 0:
-        raise UserError(f"no trajectory is longer than the {horizon} actions of a chunk: lower --horizon")
+        raise UserError(f"no trajectory is longer than {horizon} actions: lower --horizon or --long-horizon")
     return jax.device_put(data | dict(starts=np.int32(starts)), sharding)
 
 def stream(paths, load, cfg, step):
@@ -635,7 +650,7 @@ Episode = namedtuple("Episode", (*Job._fields, "success", "ret", "length"))  # r
 def method_of(name):
     """qgf-jacobian+score@4 -> its arguments for `sample_actions`, and N."""
     parts = re.fullmatch(r"(?P<method>[a-z-]+)(\+(?P<schedule>score))?(@(?P<n>[1-9]\d*))?", name)
-    if not parts or parts["method"] not in GUIDANCE:
+    if not parts or parts["method"] not in GUIDANCE or parts["schedule"] and GUIDANCE[parts["method"]] is bc:
         usage = f"NAME, NAME+score or NAME@4 (best of 4), NAME being one of {', '.join(GUIDANCE)}"
         raise UserError(f"unknown method {name!r}: give {usage}")
     return dict(method=parts["method"], schedule=parts["schedule"] or "constant"), int(parts["n"] or 1)
@@ -650,15 +665,13 @@ def slot(env_id, goal, i):
     return dict(env=make_env(env_id, goal), goal=np.zeros(0))
 
 def act(env_id, goal, commands):
-    """In a worker process: a command for each slot: None, a seed to reset with, or a chunk (H, A).
+    """In a worker process: commands by slot, each a seed to reset with or a chunk (H, A).
 
-    -> for each, None or (observation, rewards, done, success); a chunk stops where its episode ends. A goal
-    is the end of the observation, and `goal_of` the seed.
+    -> by slot, (observation, rewards, done, success); a chunk stops where its episode ends. A goal is the end
+    of the observation, and `goal_of` the seed.
     """
-    replies = [None] * len(commands)
-    for i, command in enumerate(commands):
-        if command is None:
-            continue
+    replies = {}
+    for i, command in commands.items():
         now, rewards, done, info = slot(env_id, goal, i), [], False, {}
         if isinstance(command, int):
             np.random.seed(command)
@@ -675,12 +688,8 @@ def act(env_id, goal, commands):
 @contextmanager
 def simulators(env_id, goal):
     """Start a process a core. -> for each a function: commands for its slots to a future of their replies"""
-    pools = [ProcessPoolExecutor(1, get_context("spawn"), start_worker) for _ in range(CORES)]
-    try:
+    with workers(CORES, 1) as pools:
         yield [partial(pool.submit, act, env_id, goal) for pool in pools]
-    finally:
-        for pool in pools:
-            pool.shutdown(wait=False, cancel_futures=True)
 
 def sizes(nets):
     """-> S and H*A of `acting_nets`."""
@@ -695,36 +704,35 @@ def rollout(nets, processes, jobs, cfg, label):
     """
     queue, results = list(enumerate(jobs))[::-1], [None] * len(jobs)
     s_dim, chunk = sizes(next(iter(nets.values())))
+    slots = min(SLOTS, -(-len(jobs) // len(processes)))  # few jobs are spread over all processes
 
     def drive():  # yields commands, and is sent the replies to them
-        obs, running = np.zeros((SLOTS, s_dim), np.float32), [None] * SLOTS
+        obs, running, commands = np.zeros((SLOTS, s_dim), np.float32), {}, {}
         while True:
-            commands = [None] * SLOTS
-            for policy in {r[1][:2] for r in running if r}:  # run and method
-                rows = [i for i in range(SLOTS) if running[i] and running[i][1][:2] == policy]
-                how, n = method_of(policy[1])
+            for run, method in {job[:2] for _, job, *_ in running.values()}:
+                rows = [i for i, (_, job, *_) in running.items() if job[:2] == (run, method)]
+                how, n = method_of(method)
                 noise, w = np.zeros((SLOTS, n, chunk), np.float32), np.zeros(SLOTS, np.float32)
                 for i in rows:
                     noise[i], w[i] = running[i][2].standard_normal((n, chunk)), running[i][1].weight
-                T = cfg.denoise_steps
-                actions = sample_actions(nets[policy[0]], obs, noise, w, **how, denoise_steps=T)
+                actions = sample_actions(nets[run], obs, noise, w, **how, denoise_steps=cfg.denoise_steps)
                 actions = np.asarray(actions).reshape(SLOTS, cfg.horizon, -1)  # (SLOTS, H*A) -> (SLOTS, H, A)
-                for i in rows:
-                    commands[i] = actions[i]
-            for i in range(SLOTS):
-                if not running[i] and queue:
+                commands |= {i: actions[i] for i in rows}
+            for i in range(slots):
+                if i not in running and queue:
                     number, job = queue.pop()
                     commands[i], running[i] = job.seed, (number, job, np.random.default_rng(job.seed), [])
-            if not any(running):
+            if not commands:
                 return
-            for i, reply in enumerate((yield commands)):
-                if reply:
-                    obs[i], rewards, done, success = reply
-                    number, job, _, so_far = running[i]
-                    so_far += rewards
-                    if done:
-                        results[number], running[i] = Episode(*job, success, sum(so_far), len(so_far)), None
-                        bar.update()
+            replies, commands = (yield commands), {}
+            for i, reply in replies.items():
+                obs[i], rewards, done, success = reply
+                number, job, _, so_far = running[i]
+                so_far += rewards
+                if done:
+                    results[number] = Episode(*job, success, sum(so_far), len(so_far))
+                    del running[i]
+                    bar.update()
 
     with progress(total=len(jobs), desc=label, unit=" episodes") as bar:
         work = {process(next(c)): (process, c) for process in processes if queue for c in [drive()]}
@@ -764,11 +772,14 @@ def cost(nets, method, cfg):
     return result
 
 def bootstrap(runs):
-    """95 % interval of a mean over runs, each an array over episodes: draws runs, then episodes of each."""
+    """95 % interval of a mean over runs, each an array over episodes: draws runs, then episodes of each.
+
+    It draws n - 1 of the n runs: with n, the variance between runs would be (n - 1)/n of what it is.
+    """
     rng, n = np.random.default_rng(0), len(runs)
-    means = [np.mean([rng.choice(runs[i], len(runs[i])).mean() for i in rng.integers(n, size=n)])
-             for _ in range(2000)]
-    return np.percentile(means, (2.5, 97.5))
+    means = np.array([rng.choice(run, (2000, len(run))).mean(axis=1) for run in runs])  # (n, 2000)
+    drawn = rng.integers(n, size=(2000, max(n - 1, 1)))
+    return np.percentile(means[drawn, rng.integers(2000, size=drawn.shape)].mean(axis=1), (2.5, 97.5))
 
 def summary(episodes, costs={}):
     """Episodes -> a dict for each method and weight: success and its interval, means, gain over BC.
@@ -778,19 +789,17 @@ def summary(episodes, costs={}):
     """
     rows, base = [], {(e.run, e.seed): e.success for e in episodes if e.method == "bc"}
     for how in dict.fromkeys((e.method, e.weight) for e in episodes):
-        runs = {}
-        for e in (e for e in episodes if (e.method, e.weight) == how):
-            runs.setdefault(e.run, []).append(e)
-        ours = sum(runs.values(), [])
+        ours = [e for e in episodes if (e.method, e.weight) == how]
+        runs = [[e for e in ours if e.run == run] for run in dict.fromkeys(e.run for e in ours)]
         n, wins = len(ours), sum(e.success for e in ours)
         low, high = binomtest(wins, n).proportion_ci(method="wilson")
         if len(runs) > 1:
-            ends = bootstrap([np.array([e.success for e in run]) for run in runs.values()])
+            ends = bootstrap([np.array([e.success for e in run]) for run in runs])
             low, high = min(low, ends[0]), max(high, ends[1])
         row = dict(zip(("method", "weight"), how)) | dict(n=n, success=wins / n, low=low, high=high)
         row |= dict(ret=sum(e.ret for e in ours) / n, length=sum(e.length for e in ours) / n)
         if how[0] != "bc" and all((e.run, e.seed) in base for e in ours):
-            gains = [np.array([e.success - base[e.run, e.seed] for e in run]) for run in runs.values()]
+            gains = [np.array([e.success - base[e.run, e.seed] for e in run]) for run in runs]
             ends = bootstrap(gains)
             row |= dict(gain=np.concatenate(gains).mean(), gain_low=ends[0], gain_high=ends[1])
         rows.append(row | costs.get(how[0], {}))
@@ -867,12 +876,11 @@ def write_csv(path, rows):
 def save_run(folder, states, metrics, record):
     """Write checkpoint.npz (states and record, no pickle) and two files to read; refuses NaN and Inf."""
     arrays = {k: np.asarray(v) for k, v in named_leaves(states).items()}
-    for k, v in arrays.items():
-        if not np.isfinite(v).all():
-            raise UserError(f"{k} is NaN at update {states.step[0]}; {folder} keeps the last good checkpoint")
+    if bad := [k for k, v in arrays.items() if not np.isfinite(v).all()]:
+        raise UserError(f"{bad[0]} is NaN at update {states.step[0]}; {folder} keeps what was saved before")
+    write_csv(folder / "metrics.csv", [("step", "seed", *LOSSES), *metrics])
     with atomic_write(folder / "checkpoint.npz") as file:
         np.savez(file, record=json.dumps(record), **arrays)
-    write_csv(folder / "metrics.csv", [("step", "seed", *LOSSES), *metrics])
     with atomic_write(folder / "config.json", "w") as file:
         json.dump(record, file, indent=1)
 
@@ -902,8 +910,8 @@ def load_run(folder, given):
 def gentle_stop():
     """Yields a list that the first Ctrl-C (or SIGTERM) fills, for a loop to end at; the second interrupts."""
     stop, signals = [], (signal.SIGINT, signal.SIGTERM)
-    def stopping(*_):
-        return signal.default_int_handler() if stop else stop.append(1)
+    def stopping(*args):
+        return signal.default_int_handler(*args) if stop else stop.append(1)
     old = [signal.signal(s, stopping) for s in signals]
     try:
         yield stop
@@ -934,6 +942,8 @@ def fit(states, slices, folder, record, cfg, short, env_id):
     if step:  # after a kill, metrics.csv can be ahead of the checkpoint
         with open(folder / "metrics.csv") as file:
             metrics = [row for row in list(csv.reader(file))[1:] if int(row[0]) <= step]
+    if step < cfg.updates:
+        (folder / "episodes.csv").unlink(missing_ok=True)  # of fewer updates; with it, a run counts as done
     path, data = next(slices)
     describe(record["data"], data, cfg.goal)
     record["seen"][path.name] = len(data["ends"])
@@ -947,8 +957,8 @@ def fit(states, slices, folder, record, cfg, short, env_id):
             losses = np.array([info[k] for k in LOSSES])  # (5, K, n): the one wait for the device
             finite = np.isfinite(losses).all(axis=(0, 1))
             if not finite.all():
-                where = f"at update {step + 1 + finite.argmin()}; {folder} keeps the last good checkpoint"
-                raise UserError(f"a loss is NaN or Inf {where}. Start again with a smaller --lr")
+                where = f"at update {step + 1 + finite.argmin()}; {folder} keeps what was saved before"
+                raise UserError(f"a loss is NaN or Inf {where}. Try a smaller --lr, and another --out")
             if step == bar.initial:
                 bar.start_t = bar.last_print_t = time.time()  # the first chunk compiled: time from its end
             step += n
@@ -966,7 +976,7 @@ def fit(states, slices, folder, record, cfg, short, env_id):
             if time.monotonic() - saved > 60:
                 save_run(folder, states, metrics, record)
                 saved = time.monotonic()
-            if time.monotonic() - looked > 60 * cfg.watch:
+            if time.monotonic() - looked > 60 * cfg.watch and step < cfg.updates:
                 lines = look(nets_by_run(states, short, cfg), env_id, cfg)
                 bar.write("\n".join([f"after {step} updates", *lines]))
                 looked = time.monotonic()
@@ -977,16 +987,14 @@ def fit(states, slices, folder, record, cfg, short, env_id):
 
 def read_episodes(folder):
     """episodes.csv of a run. -> Episodes that chose a weight, Episodes that are reported"""
-    both = dict(choose=[], report=[])
+    kinds = dict(weight=float, seed=int, success="True".__eq__, ret=float, length=int)
     try:
         with open(folder / "episodes.csv") as file:
-            for r in csv.DictReader(file):
-                how = r["run"], r["method"], float(r["weight"]), int(r["seed"])
-                e = Episode(*how, r["success"] == "True", float(r["ret"]), int(r["length"]))
-                both[r["purpose"]].append(e)
-    except (FileNotFoundError, KeyError, ValueError) as e:
+            rows = [(r["purpose"], Episode(*(kinds.get(k, str)(r[k]) for k in Episode._fields)))
+                    for r in csv.DictReader(file)]
+    except (FileNotFoundError, KeyError, TypeError, ValueError) as e:
         raise UserError(f"{folder} has no episodes.csv of this version ({e!r}): evaluate it again") from None
-    return both["choose"], both["report"]
+    return tuple([e for p, e in rows if p == purpose] for purpose in ("choose", "report"))
 
 def pooled(folder):
     """All finished runs in a folder. -> lines of a Markdown table, with the paper's figures
@@ -994,23 +1002,24 @@ def pooled(folder):
     A row is a method; a column is a family of environments, its runs being tasks and seeds of training.
     """
     fresh, costs, families = [], {}, {}
-    for path in sorted(Path(folder).glob("*/episodes.csv")):
-        fresh += read_episodes(path.parent)[1]
+    for path in sorted(Path(folder).glob("**/episodes.csv")):
+        here = path.parent.relative_to(folder)  # runs of several folders are told apart
+        fresh += [e._replace(run=str(here / e.run)) for e in read_episodes(path.parent)[1]]
         with open(path.with_name("table.csv")) as file:
             for r in csv.DictReader(file):
                 costs.setdefault(r["method"], []).append([float(r[k]) for k in ("ms_1", "us_256", "mflop")])
     if not fresh:
-        raise UserError(f"no finished run in {folder}: each has its folder there, with an episodes.csv")
-    weights = {m: sorted({e.weight for e in fresh if e.method == m}) for m in costs}
+        raise UserError(f"no finished run in {folder}: a run's folder has an episodes.csv then")
     for e in fresh:
-        families.setdefault(re.sub(r"(-task\d)?-s\d+$", "", e.run), []).append(e._replace(weight=0))
+        families.setdefault(re.sub(r"(-task\d)?-s\d+(/[^/]*)?$", "", e.run), []).append(e._replace(weight=0))
     columns = {f: {r["method"]: r for r in summary(episodes)} for f, episodes in families.items()}
     if len(families) > 1:
         columns["all"] = {r["method"]: r for r in summary(sum(families.values(), []))}
-    lines = [["method", "w", *columns, "− bc, paired", "ms, batch 1", "µs, batch 256", "MFLOP", "paper, %"]]
+    lines = [["method", "w", *columns, "− bc, paired", "ms, batch 1", "µs, batch 256", "MFLOP", "paper"]]
     lines.append(["---"] * len(lines[0]))
     for method in costs:
-        ends = dict.fromkeys(f"{w:g}" for w in (weights[method][0], weights[method][-1]) if w)
+        weights = sorted({e.weight for e in fresh if e.method == method and e.weight})
+        ends = dict.fromkeys(f"{w:g}" for w in weights[:1] + weights[-1:])
         paper = dict(zip(PAPER_FAMILIES, PAPER_RESULTS.get(method, ())))
         lines.append([f"`{method}`", " to ".join(ends)])
         for family, rows in columns.items():
@@ -1018,12 +1027,11 @@ def pooled(folder):
             lines[-1].append("{success:.2f} [{low:.2f}, {high:.2f}]".format(**r) if r else "")
             lines[-1][-1] += f", paper {paper[family] / 100:.2f}" if family in paper else ""
         gain = "{gain:.2f} [{gain_low:.2f}, {gain_high:.2f}]" if r and "gain" in r else ""
-        mean = paper.get("all-goal" if all(f.endswith("-goal") for f in families) else "all-single", "")
+        mean = paper.get("all-goal" if all(f.endswith("-goal") for f in families) else "all-single")
         cost = [f"{x:.3g}" for x in np.median(costs[method], axis=0)]
-        lines[-1] += [gain.format(**r or {}), *cost, str(mean)]
-    n = len({e.run for e in fresh}), sum(e.method == "bc" for e in fresh)
-    lines = [f"| {' | '.join(cells)} |" for cells in lines]
-    return [*lines, f"\n{n[0]} runs, {n[1]} episodes in a row"]
+        lines[-1] += [gain.format(**r or {}), *cost, f"{mean / 100:.2f}" if mean else ""]
+    total = f"\n{len({e.run for e in fresh})} runs, {sum(e.method == 'bc' for e in fresh)} episodes in a row"
+    return [*(f"| {' | '.join(cells)} |" for cells in lines), total]
 
 def film(nets, folder, env_id, cfg):
     """Film an episode that the first run's QGF solved beside BC's try, from the same start, into cfg.gif."""
@@ -1104,7 +1112,9 @@ PAPER_RESULTS = {  # success in %, measured off its figures, ± 0.2
 
 def parse(argv):
     """The options given on the command line, by field of Config."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], argument_default=argparse.SUPPRESS)
+    own = f"In brackets: the default. Others, in the first lines of a run, for {', '.join(FAMILY)}."
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], epilog=own, argument_default=argparse.SUPPRESS)
     for f in fields(Config):
         kind = dict(action="store_true") if f.type is bool else dict(type=f.type, metavar="X")
         if f.type is tuple:
@@ -1121,8 +1131,8 @@ def parse(argv):
         low = 0 if name in ("seed", "collect", "edp", "long_horizon") else 1e-9
         high = 1 if name in ("discount", "expectile", "target_rate", "kappa") else math.inf
         text = isinstance(v, str) or name == "methods"
-        if not text and not low <= np.min(v) <= np.max(v) <= high:
-            raise UserError(f"--{name.replace('_', '-')} {v} is out of range")
+        if v == "" or not text and not low <= np.min(v) <= np.max(v) <= high:
+            raise UserError(f"--{name.replace('_', '-')} {v!r} is out of range")
     return given
 
 def defaults(base, goal, preset):
@@ -1137,8 +1147,7 @@ def defaults(base, goal, preset):
 def describe(source, data, goal):
     """Print what a dataset, as of `to_device`, is."""
     r, ends, masks = (np.asarray(data[k]) for k in ("rewards", "ends", "masks"))
-    kinds = ("observations", "actions") + ("goals",) * bool(goal)
-    shapes = ", ".join(f"{k} {data[k].shape[1]}" for k in kinds)
+    shapes = ", ".join(f"{k} {v.shape[1]}" for k, v in data.items() if v.ndim == 2)
     n, solved = len(np.unique(ends)), masks == 0
     print(f"data    {source}\n        {len(r) - n:,} transitions in {n:,} trajectories; {shapes}")
     if not goal:
@@ -1151,9 +1160,9 @@ def report(folder, title, nets, env_id, cfg):
     first = next(iter(nets.values()))
     rows = summary(fresh, {m: cost(first, m, cfg) for m in dict.fromkeys(e.method for e in fresh)})
     episodes = [("choose", *e) for e in choice] + [("report", *e) for e in fresh]
-    write_csv(folder / "episodes.csv", [("purpose", *Episode._fields), *episodes])
     columns = list(dict.fromkeys(k for r in rows for k in r))
     write_csv(folder / "table.csv", [columns, *([r.get(k, "") for k in columns] for r in rows)])
+    write_csv(folder / "episodes.csv", [("purpose", *Episode._fields), *episodes])  # the last: a run is done
     print("\nto choose the weight", *table(summary(choice)), sep="\n")
     for k in range(1, 6 if cfg.goal else 1):
         print(f"\ngoal {k}", *table(summary([e for e in fresh if goal_of(e.seed) == k])), sep="\n")
@@ -1210,9 +1219,12 @@ def run(given):
         settings = record["config"]
     elif (folder / "checkpoint.npz").exists():
         states, record = load_run(folder, settings | given)
-    cfg = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in (settings | given).items()})
+    settings = settings | given
+    cfg = Config(**{k: tuple(dict.fromkeys(v)) if type(v) is list else v for k, v in settings.items()})
     if "edp" in [method_of(m)[0]["method"] for m in cfg.methods] and not cfg.edp:
         raise UserError("edp is a policy of its own, which this run does not train: train one with --edp 100")
+    if cfg.goal_flow and not goal:
+        raise UserError("--goal-flow lets the flow see a goal, and there is none without --goal")
     if 0 < cfg.long_horizon < cfg.horizon:
         raise UserError(f"--long-horizon {cfg.long_horizon} is shorter than the {cfg.horizon} of --horizon")
     changed = [f"{k} {v}" for k, v in asdict(cfg).items() if v != getattr(Config, k)]
@@ -1241,7 +1253,7 @@ def main(argv=None):
     except BrokenProcessPool:
         message = "a simulator process died, out of memory? The same command goes on from what was saved"
     except OSError as e:
-        message = f"cannot read or write {e.filename}: {e.strerror}; what was saved before is kept"
+        message = f"cannot read or write {e.filename or 'a file'}: {e.strerror or e}; what was saved is kept"
     print(f"qgf: {message}", file=sys.stderr)
     return 1
 

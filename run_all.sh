@@ -3,14 +3,14 @@
 # Train and evaluate QGF on a list of environments; what is done is skipped, and a table of all ends it.
 #
 #   ./run_all.sh                                          cube-single and cube-double, their five tasks, seed 0
-#   ./run_all.sh paper 0 --seeds 10                       the paper's 20 tasks with its settings, ten seeds at once
-#   ./run_all.sh paper-goals 0 --seeds 10                 its five goal-conditioned environments
+#   DATA=/big ./run_all.sh paper 0 --seeds 10             the paper's 20 tasks with its settings, ten seeds at once,
+#                                                         on OGBench's 100M sets, as in /big/scene-play-100m-v0/
+#   DATA=/big ./run_all.sh paper-goals 0 --seeds 10       its five goal-conditioned environments
 #   ./run_all.sh "cube-single cube-double-task3" "0 1"    these environments, a run for each of these seeds
 #   ./run_all.sh "scene" "0" --updates 200000             further options go to qgf.py
 #   ./run_all.sh --dry-run | parallel -j 4                print the commands; GNU parallel runs four at a time
-#   sbatch --array=0-19 run_all.sh paper                  SLURM: each array task does one run of the list
+#   DATA=/big sbatch --array=0-19 run_all.sh paper        SLURM: each array task does one run of the list
 #   OUT=/big/runs PYTHON=python3.12 ./run_all.sh          another folder of runs, another Python
-#   DATA=/big/ogbench ./run_all.sh paper                  OGBench's 100M sets, as in /big/ogbench/scene-play-100m-v0/
 #
 # Exits with 1, and a list, if a run failed; the others have run all the same.
 set -uo pipefail
@@ -39,7 +39,7 @@ trap 'echo "run_all.sh: interrupted; the same command goes on" >&2; exit 130' IN
 for env in $envs; do
   data=()
   if [ -n "${DATA:-}" ]; then
-    found=$(compgen -G "$DATA/${env%-task?}-*" | head -n 1)
+    found=$(compgen -G "$DATA/${env%-task?}-play-*/" | head -n 1)
     data=(--data "${found:-$DATA/${env%-task?}}")
   fi
   for seed in $seeds; do
@@ -48,7 +48,7 @@ for env in $envs; do
     if [ -n "$dry" ]; then
       printf '%q ' "${command[@]}" && echo
     elif [ -e "$out/$env$suffix-s$seed/episodes.csv" ]; then
-      echo "$env, seed $seed: done before, in $out/$env$suffix-s$seed"
+      echo "$env, seed $seed: done before, with the options of then, in $out/$env$suffix-s$seed"
     elif ! "${command[@]}"; then
       failed+=("$env$suffix-s$seed")
     fi

@@ -42,16 +42,18 @@ flow_matching_loss, critic_loss, value_loss = map(
 
 
 def random_data(n=60, lengths=(7, 20, 4, 29), seed=0):
-    """Trajectories of these lengths, with some successes in the middle."""
+    """Trajectories of these lengths, with some successes in the middle, and one that ends with one."""
     rng = np.random.default_rng(seed)
     last = np.cumsum(lengths) - 1
-    return dict(
+    data = dict(
         observations=rng.normal(size=(n, S)).astype(np.float32),
         actions=rng.uniform(-1, 1, (n, A)).astype(np.float32),
         rewards=rng.normal(size=n).astype(np.float32),
         masks=(rng.random(n) > 0.2).astype(np.float32),
         ends=last[np.searchsorted(last, np.arange(n))],
     )
+    data["masks"][last] = np.arange(len(last)) != 1
+    return data
 
 
 DATA = qgf.to_device(random_data(), CFG.horizon)
@@ -183,7 +185,7 @@ def test_edp_loss_equals_a_numpy_loop_and_leaves_the_others_alone():
 def test_dqc_loss_equals_a_numpy_loop_and_reaches_both_critics_alone():
     cfg = replace(CFG, long_horizon=4, kappa=0.8)
     data = qgf.to_device(random_data(), cfg.reach)
-    assert len(data["starts"]) == 60 - 4 * 4  # whole long chunks only
+    assert len(data["starts"]) == 60 - 4 * 4 + 1  # whole long chunks only; one needs no state after it
     batch = jax.device_get(sample_batch(jax.random.PRNGKey(5), data, cfg))
     assert batch["long_actions"].shape == (32, 4 * A) and batch["actions"].shape == (32, 3 * A)
     np.testing.assert_array_equal(batch["long_actions"][:, : 3 * A], batch["actions"])
@@ -252,7 +254,8 @@ def test_expectile_loss():
 def test_chunks_stay_in_one_trajectory_and_returns_stop_at_success():
     raw, H = random_data(), CFG.horizon
     starts = [i for i in range(60) if i + H < 60 and raw["ends"][i] == raw["ends"][i + H]]
-    assert DATA["starts"].tolist() == starts and len(starts) == 60 - 4 * H
+    starts = sorted([*starts, 27 - H])  # rows 7 to 26 end with a success, and need no state after that
+    assert DATA["starts"].tolist() == starts and len(starts) == 60 - 4 * H + 1
     batch = jax.device_get(sample_batch(KEY, DATA, replace(CFG, batch_size=500)))
     drawn = set()
     for k in range(500):
@@ -266,8 +269,18 @@ def test_chunks_stay_in_one_trajectory_and_returns_stop_at_success():
                 break
         assert batch["returns"][k] == pytest.approx(ret, abs=1e-5) and batch["masks"][k] == mask
         np.testing.assert_array_equal(batch["actions"][k], raw["actions"][i : i + H].ravel())
-        np.testing.assert_array_equal(batch["next_observations"][k], raw["observations"][i + H])
-    assert drawn == set(starts)  # 500 draws of 48 starts
+        if mask:
+            np.testing.assert_array_equal(batch["next_observations"][k], raw["observations"][i + H])
+    assert drawn == set(starts)  # 500 draws of 49 starts
+
+
+def test_a_success_in_the_last_row_of_all_is_learned_from():
+    data = random_data(12, (12,)) | dict(masks=np.float32(np.arange(12) < 11))
+    batch = sample_batch(KEY, qgf.to_device(data, CFG.horizon), replace(CFG, batch_size=200))
+    last = (batch["observations"] == data["observations"][9]).all(axis=1)  # of three actions, rows 9 to 11
+    assert 0 < last.sum() < 40 and (batch["masks"] == ~last).all()
+    loss, _ = jit(qgf.critic_loss)(some_state().params["critic"], some_state().params["value"], batch, CFG)
+    assert np.isfinite(loss)  # the row after it does not exist
 
 
 # ---- goals -----------------------------------------------------------------------------------------------
@@ -275,7 +288,7 @@ def test_chunks_stay_in_one_trajectory_and_returns_stop_at_success():
 
 @pytest.mark.parametrize("alike", [1, 4])
 def test_hindsight_goals_rewards_and_masks_equal_a_brute_force_loop(alike):
-    raw, n = random_data(), 6000
+    raw, n = random_data() | dict(masks=np.ones(60)), 6000  # as `load_dataset` has them
     i = np.arange(60)
     rows = np.float32(i // alike + 0.1 * (i % alike))[
         :, None
@@ -804,7 +817,7 @@ def test_the_interval_over_several_runs_is_that_of_runs_and_episodes():
     runs = [episodes_of("bc", 0.0, w, 200, f"cube-single-s{i}") for i, w in enumerate((60, 90, 120, 140))]
     row = qgf.summary(sum(runs, []))[0]
     p = np.array([0.3, 0.45, 0.6, 0.7])  # the variance of a mean of four, in two stages
-    half = 1.96 * math.sqrt(p.var() / 4 + (p * (1 - p)).mean() / 800)
+    half = 1.96 * math.sqrt(p.var() / 3 + (p * (1 - p)).mean() / 600)
     assert row["n"] == 800 and row["success"] == pytest.approx(p.mean())
     assert (row["low"], row["high"]) == pytest.approx((p.mean() - half, p.mean() + half), abs=0.015)
     alike = sum((episodes_of("bc", 0.0, 0, 25, f"cube-single-s{i}") for i in range(4)), [])
@@ -827,9 +840,13 @@ def test_the_pooled_table_is_that_of_its_episodes(tmp_path):
     bc, guided = table[2:]
     assert [cell.split()[0] for cell in bc[2:5]] == ["0.20", "0.00", "0.13"]
     assert [cell.split()[0] for cell in guided[2:6]] == ["0.80", "1.00", "0.87", "0.73"]
-    assert guided[1] == "0.8 to 2" and guided[6:] == ["20", "5", "6", "52.9"]
+    assert guided[1] == "0.8 to 2" and guided[6:] == ["20", "5", "6", "0.53"]
     assert guided[2].endswith("paper 0.70") and guided[3].endswith("paper 0.87") and bc[1] == ""
     assert lines[-1] == "\n3 runs, 30 episodes in a row"
+    (tmp_path / "more").mkdir()
+    (tmp_path / "scene-s0").rename(tmp_path / "more/scene-s0")
+    assert qgf.pooled(tmp_path)[0].startswith("| method | w | cube-triple | more/scene | all |")
+    assert qgf.pooled(tmp_path / "more/scene-s0")[-1] == "\n1 runs, 10 episodes in a row"
 
 
 def test_names_of_methods():
@@ -867,19 +884,17 @@ def test_rollout_runs_every_job_once_and_pairs_rows_by_seed(monkeypatch):
     monkeypatch.setattr(qgf, "sample_actions", fake_actions)
 
     def group(now, commands):
-        replies = []
-        for i, c in enumerate(commands):
+        replies = {}
+        for i, c in commands.items():
             if isinstance(c, int):
                 now[i] = [c, 0]
-                replies.append((np.full(S, c), [], False, False))
-            elif c is None:
-                replies.append(None)
+                replies[i] = np.full(S, c), [], False, False
             else:
                 seed, k = now[i]
                 now[i][1] += 1
                 noises.setdefault((seed, k), []).append(c.copy())
                 done = k == seed % 3
-                replies.append((np.full(S, c[0, 0]), [-1.0] * (1 if done else 3), done, seed % 2 == 0))
+                replies[i] = np.full(S, c[0, 0]), [-1.0] * (1 if done else 3), done, seed % 2 == 0
         future = Future()
         future.set_result(replies)
         return future
@@ -1309,6 +1324,8 @@ def main(home, *args):
         (["--env", "cube-duble"], "did you mean cube-double"),
         (["--env", "cube-single-task9"], "did you mean"),
         (["--lr", "-1"], "--lr -1.0 is out of range"),
+        (["--table", ""], "--table '' is out of range"),
+        (["--goal-flow", "--out", "other"], "there is none without --goal"),
         (["--env", "cube-single-task2", "--goal"], "give --env cube-single"),
         (["--data", "nowhere.npz", "--out", "other"], "nowhere.npz: No such file"),
         (["--data", ".", "--out", "other"], "has no .npz in it"),
@@ -1319,6 +1336,7 @@ def main(home, *args):
         (["--eval", "--width", "32"], "holds a run with --width 16"),
         (["--eval", "--seed", "7"], "train first, without --eval"),
         (["--methods", "qgf", "best"], "unknown method 'best'"),
+        (["--methods", "gradstep+score"], "unknown method 'gradstep+score'"),
         (["--methods", "edp@4"], "train one with --edp"),
         (["--table", "nowhere"], "no finished run in nowhere"),
         (
@@ -1370,6 +1388,36 @@ def test_a_diverging_run_stops_with_its_step_and_keeps_the_last_good_checkpoint(
     with pytest.raises(qgf.UserError, match="params/value/0/b is NaN"):
         states.params["value"][0]["b"][0, 0] = np.nan
         qgf.save_run(home / "whole/cube-single-s0", states, [], record)
+
+
+def test_a_second_ctrl_c_interrupts():
+    with pytest.raises(KeyboardInterrupt), qgf.gentle_stop() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop
+        signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("files", range(5))
+def test_a_kill_between_two_files_leaves_a_run_that_goes_on(home, tmp_path, monkeypatch, files):
+    states, record = qgf.load_run(home / "whole/cube-single-s0", {})
+    write, written = qgf.atomic_write, []
+
+    def killed(path, mode="wb"):
+        if len(written) == files:
+            raise KeyboardInterrupt
+        written.append(path.name)
+        return write(path, mode)
+
+    monkeypatch.setattr(qgf, "atomic_write", killed)
+    monkeypatch.setattr(qgf, "evaluate", lambda *_: ([], [qgf.Episode("a-s0", "bc", 0.0, 1, True, 1.0, 9)]))
+    monkeypatch.setattr(qgf, "cost", lambda *_: dict(ms_1=1, us_256=1, mflop=1))
+    with pytest.raises(KeyboardInterrupt):
+        qgf.save_run(tmp_path / "a-s0", states, [[300, 0, *"12345"]], record)
+        qgf.report(tmp_path / "a-s0", "a", dict(nets=None), "env", qgf.Config())
+    if "checkpoint.npz" in written:  # or else the run begins again
+        assert "metrics.csv" in written
+    if "episodes.csv" in written:  # or else it is not done, for run_all.sh and --table
+        assert qgf.pooled(tmp_path)
 
 
 def test_a_full_or_unwritable_disk_is_named_and_leaves_the_old_file(home, tmp_path, capsys, monkeypatch):
