@@ -6,6 +6,7 @@ import http.server
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -1395,6 +1396,17 @@ def test_a_second_ctrl_c_interrupts():
         signal.raise_signal(signal.SIGINT)
         assert stop
         signal.raise_signal(signal.SIGINT)
+
+
+def test_workers_leave_ctrl_c_to_their_parent_and_end_with_their_block():
+    with qgf.workers(2, 1) as pools:
+        for process in multiprocessing.active_children():  # they have only begun to start
+            os.kill(process.pid, signal.SIGINT)
+            os.kill(process.pid, signal.SIGTERM)
+        assert [pool.submit(abs, -1).result(timeout=60) for pool in pools] == [1, 1]
+        assert len(multiprocessing.active_children()) == 2
+    assert not multiprocessing.active_children()
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, [])  # and the parent gets it again
 
 
 @pytest.mark.parametrize("files", range(5))
