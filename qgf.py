@@ -72,7 +72,7 @@ class Config:
     discount: float = option(0.99, "γ, per environment step")
     expectile: float = option(0.9, "τ of V: .5 is the mean over the data's actions, 1 the maximum")
     target_rate: float = option(0.005, "rate of the critic's Polyak average, per update")
-    goal: str = option("", "to goals, not for rewards: OGBench's `oracle` representation, or a whole `state`")
+    goal: str = option("", "reach goals, given in OGBench's `oracle` representation, or as a whole `state`")
     goal_flow: bool = option(False, "with --goal, let the flow see the goal, too, not the critic alone")
     long_horizon: int = option(0, "h_c of DQC; above 0, a critic of chunks that long teaches Q")
     kappa: float = option(0.8, "κ of DQC: Q is the κ-expectile of that critic over the actions after H")

@@ -347,12 +347,12 @@ def test_a_state_as_a_goal_is_what_the_environment_gives(env_id, tmp_path):
 
 
 def test_an_episodes_start_and_goal_depend_on_its_seed_alone():
-    first, again, other = (r[0] for r in qgf.act("cube-single-v0", "oracle", [13, 13, 14]))
+    first, again, other = (r[0] for r in qgf.act("cube-single-v0", "oracle", {0: 13, 1: 13, 2: 14}).values())
     assert first.shape == (28 + 3,)  # the goal, a cube's position, is the observation's end
     np.testing.assert_array_equal(first, again)  # in another environment of the process
     assert (first[28:] != other[28:]).any()  # goal 5 instead of 4
     chunk = np.zeros((5, 5))
-    (reply,) = qgf.act("cube-single-v0", "oracle", [chunk])
+    reply = qgf.act("cube-single-v0", "oracle", {0: chunk})[0]
     np.testing.assert_array_equal(reply[0][28:], first[28:])  # and it stays while the episode lasts
     assert len(reply[1]) == 5 and not reply[2]
 
@@ -365,6 +365,7 @@ def test_a_toy_is_steered_to_any_goal_by_the_critic_alone():
     x = np.float32(x.reshape(-1, 1))
     ends = np.int32(np.repeat(np.arange(n) * length + length - 1, length))
     data = dict(observations=x, actions=a.reshape(-1, 1), goals=10 * np.round(x, 1), ends=ends)
+    data |= dict(masks=np.ones(len(x)))  # as `load_dataset` has them
     cfg = qgf.Config(width=64, depth=2, horizon=1, goal="state", discount=0.9)
     state = qgf.init_state(KEY, 2, 1, cfg, unseen=1)
     assert len(state.params["policy"][0]["w"]) == 1 + 1 + 16  # state, action, time: the flow sees no goal
