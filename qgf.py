@@ -29,7 +29,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache, partial
 from importlib.metadata import version
-from multiprocessing import active_children, get_context, parent_process
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import NamedTuple
 
@@ -504,10 +504,8 @@ def workers(n, size):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT, signal.SIGTERM])
         yield pools
     finally:
-        for pool in pools:
-            pool.shutdown(wait=False, cancel_futures=True)
-        for process in active_children():
-            process.join()  # or their end would slow what `cost` times next
+        with ThreadPoolExecutor() as threads:  # all at once; their end would slow what `cost` times next
+            list(threads.map(lambda pool: pool.shutdown(cancel_futures=True), pools))
 
 @cache
 def playground(base):

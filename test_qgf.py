@@ -347,7 +347,9 @@ def test_a_state_as_a_goal_is_what_the_environment_gives(env_id, tmp_path):
 
 
 def test_an_episodes_start_and_goal_depend_on_its_seed_alone():
-    first, again, other = (r[0] for r in qgf.act("cube-single-v0", "oracle", {0: 13, 1: 13, 2: 14}).values())
+    first, again, other = (
+        r[0] for r in qgf.act("cube-single-v0", "oracle", {0: 13, 1: 13, 2: 14}).values()
+    )
     assert first.shape == (28 + 3,)  # the goal, a cube's position, is the observation's end
     np.testing.assert_array_equal(first, again)  # in another environment of the process
     assert (first[28:] != other[28:]).any()  # goal 5 instead of 4
