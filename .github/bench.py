@@ -7,6 +7,7 @@ PYTHONPATH=. python .github/bench.py slices     ten slices of 100k transitions i
 PYTHONPATH=. python .github/bench.py rollout RUN    a saved run's episodes, policy and all, beside env.step in one process
 """
 
+import importlib
 import sys
 import tempfile
 import time
@@ -65,21 +66,30 @@ def ours(data, cfg):
     return work
 
 
+def official_agent(clone, width, depth, name="QGFAgent", module="qgf", **settings):
+    """An agent of the official code, from its clone. Needs flax, ml_collections and distrax."""
+    if clone not in sys.path:
+        sys.path.insert(0, clone)
+        sys.modules["agents"] = agents = types.ModuleType(
+            "agents"
+        )  # without its __init__, which needs more
+        agents.__path__ = [f"{clone}/agents"]
+    agent = importlib.import_module(f"agents.{module}")
+    config = agent.get_config()
+    config.update(
+        settings | dict(actor_hidden_dims=(width,) * depth, horizon_length=H, action_chunking=True)
+    )
+    config.value_network_kwargs = dict(hidden_dims=(width,) * depth, layer_norm=True)
+    return getattr(agent, name).create(
+        0, np.zeros((2, S), np.float32), np.zeros((2, A), np.float32), config
+    )
+
+
 def official(clone, width, depth):
-    """The same for the agent of the official code and its own sampler. Needs flax, ml_collections and distrax."""
-    sys.path.insert(0, clone)
-    sys.modules["agents"] = agents = types.ModuleType(
-        "agents"
-    )  # its __init__ imports agents that need more
-    agents.__path__ = [f"{clone}/agents"]
-    from agents.qgf import QGFAgent, get_config
+    """The same for an agent of the official code and its own sampler."""
+    agent = official_agent(clone, width, depth)
     from utils.datasets import Dataset
 
-    config = get_config()
-    config.actor_hidden_dims = (width,) * depth
-    config.value_network_kwargs = dict(hidden_dims=(width,) * depth, layer_norm=True)
-    config.horizon_length, config.action_chunking = H, True
-    agent = QGFAgent.create(0, np.zeros((2, S), np.float32), np.zeros((2, A), np.float32), config)
     data = random_data()
     last = np.float32(data.pop("ends") == np.arange(N))
     data = Dataset.create(
