@@ -413,6 +413,15 @@ def assert_close(a, b):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), a, b)
 
 
+def test_a_critic_of_another_width_leaves_the_flow_as_it_is():
+    trained = [
+        qgf.train(qgf.init_state(KEY, S, A, c), DATA, 3, c)[0] for c in (CFG, replace(CFG, critic_width=8))
+    ]
+    assert_close(trained[0].params["policy"], trained[1].params["policy"])
+    biases = [x["b"].shape for name in ("critic", "value") for x in trained[1].params[name]]
+    assert biases == [(2, 8), (2, 8), (2, 1), (8,), (8,), (1,)]
+
+
 def test_seeds_trained_at_once_differ_and_are_those_of_single_runs():
     cfg = replace(CFG, depth=1, seed=5, seeds=3)
     states, info = qgf.train_seeds(qgf.init_seeds(S, A, 0, cfg), DATA, 3, cfg)
