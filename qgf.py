@@ -155,16 +155,16 @@ def init_params(key, s_dim, a_dim, cfg, unseen=0):
     The policy does not see the last `unseen` numbers of a state, its goal.
     """
     key_policy, key_critic, key_value = jax.random.split(key, 3)
-    chunk, judge = cfg.horizon * a_dim, [cfg.critic_width or cfg.width] * cfg.depth
+    chunk, hidden = cfg.horizon * a_dim, [cfg.width] * cfg.depth
+    critic_hidden = [cfg.critic_width or cfg.width] * cfg.depth
 
     def two_critics(key, chunk):
-        return jax.vmap(lambda k: init_mlp(k, [s_dim + chunk, *judge, 1]))(jax.random.split(key, 2))
+        return jax.vmap(lambda k: init_mlp(k, [s_dim + chunk, *critic_hidden, 1]))(jax.random.split(key, 2))
 
-    flow_sizes = [s_dim - unseen + chunk + 16, *[cfg.width] * cfg.depth, chunk]
     params = dict(
-        policy=init_mlp(key_policy, flow_sizes, actor=True),
+        policy=init_mlp(key_policy, [s_dim - unseen + chunk + 16, *hidden, chunk], actor=True),
         critic=two_critics(key_critic, chunk),
-        value=init_mlp(key_value, [s_dim, *judge, 1]),
+        value=init_mlp(key_value, [s_dim, *critic_hidden, 1]),
     )
     if cfg.long_horizon:
         params["long_critic"] = two_critics(jax.random.fold_in(key_critic, 0), cfg.long_horizon * a_dim)
