@@ -70,10 +70,9 @@ def official_agent(clone, width, depth, name="QGFAgent", module="qgf", **setting
     """An agent of the official code, from its clone. Needs flax, ml_collections and distrax."""
     if clone not in sys.path:
         sys.path.insert(0, clone)
-        sys.modules["agents"] = agents = types.ModuleType(
-            "agents"
-        )  # without its __init__, which needs more
+        agents = types.ModuleType("agents")  # without its __init__, which imports agents that need more
         agents.__path__ = [f"{clone}/agents"]
+        sys.modules["agents"] = agents
     agent = importlib.import_module(f"agents.{module}")
     config = agent.get_config()
     config.update(
