@@ -219,9 +219,10 @@ def dqc_loss(params, batch, cfg):
 
 def edp_loss(policy, target_critic, s, a_1, key, cfg):
     """EDP, QGF's train-time twin: α (flow matching) - E min_k Q̄_k(s, â_1), differentiated through â_1."""
-    _, a_t, t = noisy_actions(a_1, key, cfg)
-    q = q_min(target_critic, s, clean_estimate(a_t, t, velocity(policy, s, a_t, t)))  # (B,)
-    return cfg.edp * flow_matching_loss(policy, s, a_1, key, cfg) - q.mean()
+    a_0, a_t, t = noisy_actions(a_1, key, cfg)
+    v = velocity(policy, s, a_t, t)
+    q = q_min(target_critic, s, clean_estimate(a_t, t, v))  # (B,)
+    return cfg.edp * jnp.mean((v - (a_1 - a_0)) ** 2) - q.mean()
 
 
 # ---- 4 Training --------------------------------------------------------------------------------------------
