@@ -4,12 +4,12 @@
 Zhou, Peng, Xu, Li, Springenberg, Frans, Levine, "Test-Time Gradient Guidance of Flow Policies in
 Reinforcement Learning", arXiv 2606.11087. Let s be a state, s_i and r_i the state and the reward i steps
 later, a_1 an action chunk (H consecutive actions, flattened), a_0 ~ N(0, I) noise, t a flow time in [0, 1]
-and a_t = (1-t) a_0 + t a_1.
+and a_t = (1-t) a_0 + t a_1. The policy aimed at is the data's own, times exp(Q/β).
 
     train  policy  v_θ(s, a_t, t)  towards  a_1 - a_0                      behaviour cloning (BC), by a flow
            critic  Q_φ(s, a_1)  towards  Σ_{i<H} γ^i r_i + γ^H V(s_H)      implicit Q-learning (IQL)
            value   V(s)  towards  the τ-expectile of min_k Q̄_k(s, a_1)     Q̄: Polyak average of Q
-    act    for t = 0, 1/T, ..., (T-1)/T, from noise a_0 on:
+    act    for t = 0, 1/T, ..., (T-1)/T, from noise a_0 on, in T Euler steps:
                â_1 = clip(a_t + (1-t) v_θ(s, a_t, t), -1, 1)               one-step clean estimate
                a_t += 1/T (v_θ(s, a_t, t) + w ∇_{â_1} min_k Q̄_k(s, â_1))   w = 1/β; w = 0 is BC
            the action is clip(a_1, -1, 1)
@@ -85,7 +85,8 @@ class Config:
     batch_size: int = option(256, "chunks in a batch")
     updates: int = option(10_000, "gradient updates in all; a finished run goes on if given more")
     # evaluation
-    methods: tuple = option(("bc", "qgf"), "names in GUIDANCE; @4 is best of 4, +score scales w by (1-t)/t")
+    methods: tuple = option(("bc", "qgf"), "of bc qgf qgf-jacobian qgf-chain bptt qfql gradstep; NAME@4 is "
+                            "best of 4, NAME+score scales w by (1-t)/t")
     weights: tuple = option((0.01, 0.03, 0.06, 0.1), "guidance weights w to try; each method gets its best")
     choose: int = option(20, "episodes per weight to choose it by, which are not reported")
     episodes: int = option(50, "fresh episodes in a reported row")
@@ -152,24 +153,27 @@ def value(layers, s):
 def init_params(key, s_dim, a_dim, cfg, unseen=0):
     """Fresh parameters for states of size s_dim and actions of size a_dim: dict(policy, critic, value, ...).
 
-    The policy does not see the last `unseen` numbers of a state, its goal.
+    The policy does not see the last `unseen` numbers of a state, its goal; that of EDP, unguided, has to.
     """
     key_policy, key_critic, key_value = jax.random.split(key, 3)
     chunk, hidden = cfg.horizon * a_dim, [cfg.width] * cfg.depth
     critic_hidden = [cfg.critic_width or cfg.width] * cfg.depth
 
+    def actor(unseen):
+        return init_mlp(key_policy, [s_dim - unseen + chunk + 16, *hidden, chunk], actor=True)
+
     def two_critics(key, chunk):
         return jax.vmap(lambda k: init_mlp(k, [s_dim + chunk, *critic_hidden, 1]))(jax.random.split(key, 2))
 
     params = dict(
-        policy=init_mlp(key_policy, [s_dim - unseen + chunk + 16, *hidden, chunk], actor=True),
+        policy=actor(unseen),
         critic=two_critics(key_critic, chunk),
         value=init_mlp(key_value, [s_dim, *critic_hidden, 1]),
     )
     if cfg.long_horizon:
         params["long_critic"] = two_critics(jax.random.fold_in(key_critic, 0), cfg.long_horizon * a_dim)
     if cfg.edp:
-        params["edp"] = jax.tree.map(jnp.copy, params["policy"])
+        params["edp"] = actor(0)
     return params
 
 
@@ -190,7 +194,10 @@ def flow_matching_loss(policy, s, a_1, key, cfg):
     return jnp.mean((velocity(policy, s, a_t, t) - (a_1 - a_0)) ** 2)
 
 def critic_loss(critic, value_layers, batch, cfg):
-    """(Q_k(s, a) - y)², mean over k and B; y = Σ_{i<R} γ^i r_i + γ^R mask V(s_R). -> loss, Q (2, B)"""
+    """(Q_k(s, a) - y)², mean over k and B; y = Σ_{i<R} γ^i r_i + γ^R mask V(s_R), R = cfg.reach.
+
+    -> loss, Q (2, B)
+    """
     v_next = jax.lax.stop_gradient(value(value_layers, batch["next_observations"]))  # (B,)
     y = batch["returns"] + cfg.discount**cfg.reach * batch["masks"] * v_next
     q = q_values(critic, batch["observations"], batch["actions"])
@@ -202,7 +209,7 @@ def expectile_loss(u, tau):
 
 def value_loss(layers, target_critic, batch, cfg):
     """E L2^τ(min_k Q̄_k(s, a) - V(s)); the target critic gets no gradient. -> loss, V (B,)"""
-    q = q_min(target_critic, batch["observations"], batch["actions"])  # (B,)
+    q = jax.lax.stop_gradient(q_min(target_critic, batch["observations"], batch["actions"]))  # (B,)
     v = value(layers, batch["observations"])
     return jnp.mean(expectile_loss(q - v, cfg.expectile)), v
 
@@ -244,14 +251,14 @@ def init_state(key, s_dim, a_dim, cfg, unseen=0):
     return State(params, target, optax.adam(cfg.lr).init(params), key_run, jnp.int32(0))
 
 def sample_batch(key, data, cfg):
-    """Draw B chunks from dict(observations (N, S), actions (N, A), rewards (N,), masks (N,), starts (M,)).
+    """Draw B chunks from dict(observations (N, S), actions (N, A), rewards, masks, starts (N,), n_starts ()).
 
-    `starts` has the rows from which a whole chunk lies in one trajectory, and so does the state after it, if
-    it counts. `masks` is 0 where the task is solved: rewards count up to that row, and nothing is
-    bootstrapped beyond it. With cfg.goal, `data` has goals (N, G) and ends (N,) for `hindsight`, and states
-    are (s, g).
+    The first `n_starts` of `starts` are the rows whose whole chunk lies in one trajectory, with the state
+    after it unless the task is solved by then. `masks` is 0 where the task is solved: rewards count up to
+    that row, and nothing is bootstrapped beyond it. With cfg.goal, `data` has goals (N, G) and ends (N,) for
+    `hindsight`, and states are (s, g).
     """
-    i = jax.random.choice(key, data["starts"], (cfg.batch_size,))  # (B,)
+    i = data["starts"][jax.random.randint(key, (cfg.batch_size,), 0, data["n_starts"])]  # (B,)
     window = i[:, None] + jnp.arange(cfg.reach)  # (B, 1) + (R,) -> (B, R)
     s, s_next = data["observations"][i], data["observations"][i + cfg.reach]  # (B, S)
     if cfg.goal:
@@ -303,7 +310,7 @@ def update(state, batch, key, cfg):
             critic, q = critic_loss(params["critic"], params["value"], batch, cfg)
         val, v = value_loss(params["value"], state.target, batch, cfg)
         edp = edp_loss(params["edp"], state.target, s, a_1, key, cfg) if cfg.edp else 0.0
-        info = dict(flow_loss=flow, critic_loss=critic, value_loss=val, q=q.mean(), v=v.mean())
+        info = dict(flow_loss=flow, critic_loss=critic, value_loss=val, edp_loss=edp, q=q.mean(), v=v.mean())
         return flow + critic + val + edp, info
 
     grads, info = jax.grad(loss, has_aux=True)(state.params)
@@ -382,7 +389,7 @@ def qfql(nets, s, a_t, t, v, T):
 
 GUIDANCE = {"bc": bc, "qgf": qgf, "qgf-jacobian": qgf_jacobian, "qgf-chain": qgf_chain, "bptt": bptt,
             "qfql": qfql, "gradstep": bc, "edp": bc}  # the last two act elsewhere: see `sample_actions`
-SCHEDULE = dict(constant=lambda t: 1.0, score=lambda t: (1 - t) / t)  # c(t); see `sample_actions`
+SCHEDULE = dict(constant=lambda t: 1.0, score=lambda t: (1 - t) / t)  # what w is multiplied by at t
 ASCENTS = 3  # steps of gradstep; the paper takes 3 to 5
 
 @partial(jax.jit, static_argnames=("method", "schedule", "denoise_steps"))
@@ -423,18 +430,19 @@ def sample_actions(nets, s, a_0, w, method="qgf", schedule="constant", denoise_s
 DATA_DIR = Path("~/.ogbench/data").expanduser()
 MIRROR = "https://huggingface.co/datasets/zhouzypaul/ogbench_datasets/resolve/main"
 KINDS = ("play", "noisy", "navigate", "stitch", "explore")  # of OGBench datasets
-COLLECT = {"cube-single": 200_000, "puzzle-3x3": 300_000}  # transitions, without a download; elsewhere 1M
+# transitions to collect where there is no download; elsewhere 1M
+COLLECT = {"cube-single": 200_000, "puzzle-3x3": 300_000, "scene": 300_000}
 STACKING = dict(single=(0, 0), double=(0, 0.25), triple=(0.05, 0.35), quadruple=(0.1, 0.5), octuple=(0, 0.35))
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 progress = partial(tqdm, mininterval=0.2 if sys.stderr.isatty() else 30, dynamic_ncols=True)
-warnings.filterwarnings("ignore", message=".*DISPLAY|.*precision lowered")  # no window is wanted
+warnings.filterwarnings("ignore", message=".*DISPLAY|.*precision lowered")  # no window; float32
 
 class UserError(Exception):
     """What a user can mend, in one line that says what is wrong and what to do."""
 
 def find_task(name, goal=""):
-    """-> family, run, environment, dataset and goal, as in cube-double, cube-double-task3,
-    cube-double-singletask-task3-v0, cube-double-play-v0, "". With a goal, or a full name without
+    """-> base, run, environment id, dataset, goal. For cube-double-task3: cube-double, cube-double-task3,
+    cube-double-singletask-task3-v0, cube-double-play-v0, "". With a goal, or for a full name without
     `singletask`: cube-double, cube-double-goal, cube-double-v0, cube-double-play-v0, "oracle".
     """
     form = rf"(.+?)(?:-({'|'.join(KINDS)}))?(?:-singletask|-oraclerep)?(-task\d)?(?:-v0)?"
@@ -555,7 +563,7 @@ def find_dataset(cfg, base, dataset):
     """-> paths of the dataset and words on where it comes from; it is downloaded or collected if need be."""
     official, amount = DATA_DIR / f"{dataset}.npz", cfg.collect or COLLECT.get(base, 1_000_000)
     collected, n = DATA_DIR / f"{dataset}-collected-{amount}.npz", math.ceil(amount / 1000)
-    if Path(cfg.data or "?").is_dir():
+    if cfg.data and Path(cfg.data).is_dir():
         slices = sorted(path for path in Path(cfg.data).glob("*.npz") if not path.stem.endswith("-val"))
         if not slices:
             raise UserError(f"{cfg.data} has no .npz in it: --data takes a file, or a folder of slices")
@@ -603,7 +611,8 @@ def load_dataset(path, env, goal=""):
     for key, shape in shapes.items():
         found = data[key].shape if key in data else "missing"
         if n == 0 or found != shape:
-            raise UserError(f"{path} is no dataset of {env.spec.id}: `{key}` is {found}, expected {shape}")
+            wanted = f"expected {shape if n else 'some rows'}"
+            raise UserError(f"{path} is no dataset of {env.spec.id}: `{key}` is {found}, {wanted}")
         finite = np.isfinite(data[key].reshape(n, -1)).all(axis=1)
         if not finite.all():
             raise UserError(f"{path}: `{key}` has NaN or Inf in row {finite.argmin()}: drop its trajectory")
@@ -613,13 +622,14 @@ def load_dataset(path, env, goal=""):
     data["ends"] = np.int32(last[np.searchsorted(last, np.arange(n))])
     return {k: data[k] for k in ("ends", *shapes) if k != "terminals"}
 
-def to_device(data, horizon, sharding=None):
-    """What `load_dataset` gives -> what `sample_batch` takes, on the device."""
+def to_device(data, reach, sharding=None):
+    """What `load_dataset` gives -> what `sample_batch` takes with `reach` steps to a chunk, on the device."""
     solved = data["masks"][data["ends"]] == 0  # at the trajectory's last row: no state need follow that
-    starts = np.flatnonzero(np.arange(len(data["ends"])) + horizon <= data["ends"] + solved)
+    starts = np.flatnonzero(np.arange(len(data["ends"])) + reach <= data["ends"] + solved)
     if len(starts) == 0:
-        raise UserError(f"no trajectory is longer than {horizon} actions: lower --horizon or --long-horizon")
-    return jax.device_put(data | dict(starts=np.int32(starts)), sharding)
+        raise UserError(f"no trajectory is longer than {reach} actions: lower --horizon or --long-horizon")
+    room = np.resize(starts, len(data["ends"]))  # of one size in all slices, so that none compiles anew
+    return jax.device_put(data | dict(starts=np.int32(room), n_starts=np.int32(len(starts))), sharding)
 
 def stream(paths, load, cfg, step):
     """From update `step` on, yield the slice for each cfg.swap updates, forever. -> path, load(path)
@@ -652,7 +662,7 @@ def method_of(name):
     """qgf-jacobian+score@4 -> its arguments for `sample_actions`, and N."""
     parts = re.fullmatch(r"(?P<method>[a-z-]+)(\+(?P<schedule>score))?(@(?P<n>[1-9]\d*))?", name)
     if not parts or parts["method"] not in GUIDANCE or parts["schedule"] and GUIDANCE[parts["method"]] is bc:
-        usage = f"NAME, NAME+score or NAME@4 (best of 4), NAME being one of {', '.join(GUIDANCE)}"
+        usage = f"NAME, NAME@4 or (not of bc, gradstep, edp) NAME+score, with NAME in {', '.join(GUIDANCE)}"
         raise UserError(f"unknown method {name!r}: give {usage}")
     return dict(method=parts["method"], schedule=parts["schedule"] or "constant"), int(parts["n"] or 1)
 
@@ -668,8 +678,8 @@ def slot(env_id, goal, i):
 def act(env_id, goal, commands):
     """In a worker process: commands by slot, each a seed to reset with or a chunk (H, A).
 
-    -> by slot, (observation, rewards, done, success); a chunk stops where its episode ends. A goal is the end
-    of the observation, and `goal_of` the seed.
+    -> by slot, (observation, rewards, done, success); a chunk stops where its episode ends. A goal, that of
+    number `goal_of(seed)`, is appended to the observation.
     """
     replies = {}
     for i, command in commands.items():
@@ -754,7 +764,7 @@ def operations(jaxpr, T):
         if eqn.primitive.name == "dot_general":
             (dims, _), _ = eqn.params["dimension_numbers"]
             total += 2 * eqn.outvars[0].aval.size * math.prod(eqn.invars[0].aval.shape[d] for d in dims)
-        elif eqn.primitive.name == "cond":  # in `integrate`, of T steps at each of T times, what remains
+        elif eqn.primitive.name == "cond":  # in `integrate`: (T + 1) / 2 steps of T remain on average
             total += max(inner) * (T + 1) / (2 * T)
         else:
             total += sum(inner) * eqn.params.get("length", 1)  # of a scan
@@ -775,7 +785,7 @@ def cost(nets, method, cfg):
 def bootstrap(runs):
     """95 % interval of a mean over runs, each an array over episodes: draws runs, then episodes of each.
 
-    It draws n - 1 of the n runs: with n, the variance between runs would be (n - 1)/n of what it is.
+    It draws n - 1 runs, with replacement: n would give (n - 1)/n of the variance between runs.
     """
     rng, n = np.random.default_rng(0), len(runs)
     means = np.array([rng.choice(run, (2000, len(run))).mean(axis=1) for run in runs])  # (n, 2000)
@@ -785,8 +795,9 @@ def bootstrap(runs):
 def summary(episodes, costs={}):
     """Episodes -> a dict for each method and weight: success and its interval, means, gain over BC.
 
-    The interval is Wilson's; with several runs (environments, seeds of training), whose success may differ
-    more than episodes do, it is widened to the bootstrap's. The gain is paired by run and episode seed.
+    The interval is Wilson's; with several runs (environments, seeds of training), which count the same and
+    whose success may differ more than episodes do, it is widened to the bootstrap's. The gain is paired by
+    run and episode seed.
     """
     rows, base = [], {(e.run, e.seed): e.success for e in episodes if e.method == "bc"}
     for how in dict.fromkeys((e.method, e.weight) for e in episodes):
@@ -797,12 +808,13 @@ def summary(episodes, costs={}):
         if len(runs) > 1:
             ends = bootstrap([np.array([e.success for e in run]) for run in runs])
             low, high = min(low, ends[0]), max(high, ends[1])
-        row = dict(zip(("method", "weight"), how)) | dict(n=n, success=wins / n, low=low, high=high)
+        success = np.mean([np.mean([e.success for e in run]) for run in runs])
+        row = dict(zip(("method", "weight"), how)) | dict(n=n, success=success, low=low, high=high)
         row |= dict(ret=sum(e.ret for e in ours) / n, length=sum(e.length for e in ours) / n)
         if how[0] != "bc" and all((e.run, e.seed) in base for e in ours):
             gains = [np.array([e.success - base[e.run, e.seed] for e in run]) for run in runs]
             ends = bootstrap(gains)
-            row |= dict(gain=np.concatenate(gains).mean(), gain_low=ends[0], gain_high=ends[1])
+            row |= dict(gain=np.mean([g.mean() for g in gains]), gain_low=ends[0], gain_high=ends[1])
         rows.append(row | costs.get(how[0], {}))
     return rows
 
@@ -849,7 +861,7 @@ def evaluate(nets, env_id, cfg):
 
 # ---- 8 Runs: a folder with config.json, checkpoint.npz, metrics.csv, episodes.csv and table.csv ------------
 CHUNK = 100  # updates in a compiled call
-LOSSES = ("flow_loss", "critic_loss", "value_loss", "q", "v")
+LOSSES = ("flow_loss", "critic_loss", "value_loss", "edp_loss", "q", "v")
 # the settings that may change when a run goes on
 FREE = "preset out eval gif table data collect updates methods weights choose episodes watch".split()
 
@@ -892,7 +904,7 @@ def load_run(folder, given):
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
         record = json.loads(str(arrays["record"]))
-        cfg = Config(**record["config"] | dict(weights=(), methods=()))  # lists in JSON
+        cfg = Config(**record["config"] | dict(weights=(), methods=()))  # lists in JSON: no hash
         states = jax.eval_shape(lambda: init_seeds(*record["sizes"], cfg))
         for name, leaf in named_leaves(states).items():
             if arrays[name].shape != leaf.shape:
@@ -902,7 +914,8 @@ def load_run(folder, given):
     except Exception as e:
         raise UserError(f"{path} is no whole checkpoint ({e!r}): move it away to start again") from None
     fixed = {k: v for k, v in record["config"].items() if k not in FREE}
-    differ = [f"--{k.replace('_', '-')} {v}" for k, v in fixed.items() if v != given.get(k, v)]
+    differ = {k.replace("_", "-"): v for k, v in fixed.items() if v != given.get(k, v)}
+    differ = [f"no --{k}" if v is False else f"--{k} {v}".removesuffix(" True") for k, v in differ.items()]
     if differ:
         raise UserError(f"{folder} holds a run with {' '.join(differ)}: ask for that, or another --out")
     return jax.tree.unflatten(jax.tree.structure(states), [arrays[k] for k in named_leaves(states)]), record
@@ -935,10 +948,7 @@ def look(nets, env_id, cfg):
         return table(summary(rollout(nets, processes, jobs, cfg, "a look")))
 
 def fit(states, slices, folder, record, cfg, short, env_id):
-    """Train to cfg.updates on what `stream` yields; save each minute and at the end. -> States
-
-    The first Ctrl-C (or SIGTERM) ends the run after the chunk in hand, and saves; the second ends it at once.
-    """
+    """Train to cfg.updates, or a `gentle_stop`, on what `stream` yields; save each minute. -> States"""
     metrics, step = [], int(states.step[0])
     if step:  # after a kill, metrics.csv can be ahead of the checkpoint
         with open(folder / "metrics.csv") as file:
@@ -955,7 +965,7 @@ def fit(states, slices, folder, record, cfg, short, env_id):
         while step < cfg.updates and not stop:
             n = min(CHUNK, cfg.updates - step, cfg.swap - step % cfg.swap)
             states, info = train_seeds(states, data, n, cfg)
-            losses = np.array([info[k] for k in LOSSES])  # (5, K, n): the one wait for the device
+            losses = np.array([info[k] for k in LOSSES])  # (6, K, n): the one wait for the device
             finite = np.isfinite(losses).all(axis=(0, 1))
             if not finite.all():
                 where = f"at update {step + 1 + finite.argmin()}; {folder} keeps what was saved before"
@@ -963,9 +973,9 @@ def fit(states, slices, folder, record, cfg, short, env_id):
             if step == bar.initial:
                 bar.start_t = bar.last_print_t = time.time()  # the first chunk compiled: time from its end
             step += n
-            for k, means in enumerate(losses.mean(axis=2).T):  # (5, K, n) -> (K, 5)
+            for k, means in enumerate(losses.mean(axis=2).T):  # (6, K, n) -> (K, 6)
                 metrics.append([step, cfg.seed + k, *(f"{x:.6g}" for x in means)])
-            bar.update(step - bar.n)
+            bar.update(n)
             if step % cfg.swap == 0 and step < cfg.updates:
                 data = None  # lets go of its memory
                 try:
@@ -1024,15 +1034,15 @@ def pooled(folder):
         paper = dict(zip(PAPER_FAMILIES, PAPER_RESULTS.get(method, ())))
         lines.append([f"`{method}`", " to ".join(ends)])
         for family, rows in columns.items():
-            r = rows.get(method)
+            r = rows.get(method)  # at last that of all families
             lines[-1].append("{success:.2f} [{low:.2f}, {high:.2f}]".format(**r) if r else "")
             lines[-1][-1] += f", paper {paper[family] / 100:.2f}" if family in paper else ""
         gain = "{gain:.2f} [{gain_low:.2f}, {gain_high:.2f}]" if r and "gain" in r else ""
         mean = paper.get("all-goal" if all(f.endswith("-goal") for f in families) else "all-single")
-        cost = [f"{x:.3g}" for x in np.median(costs[method], axis=0)]
+        cost = [f"{float(f'{x:.3g}'):g}" for x in np.median(costs[method], axis=0)]
         lines[-1] += [gain.format(**r or {}), *cost, f"{mean / 100:.2f}" if mean else ""]
-    total = f"\n{len({e.run for e in fresh})} runs, {sum(e.method == 'bc' for e in fresh)} episodes in a row"
-    return [*(f"| {' | '.join(cells)} |" for cells in lines), total]
+    runs, n = len({e.run for e in fresh}), sum(e.method == "bc" for e in fresh)
+    return [*(f"| {' | '.join(cells)} |" for cells in lines), f"\nruns: {runs}; episodes in a row: {n}"]
 
 def film(nets, folder, env_id, cfg):
     """Film an episode that the first run's QGF solved beside BC's try, from the same start, into cfg.gif."""
@@ -1083,6 +1093,7 @@ FAMILY = {  # where the defaults of Config do not serve
     "cube-double": dict(
         updates=300_000, lr=3e-4, width=512, depth=4, critic_width=256,
         weights=(0.03, 0.06, 0.1, 0.2), episodes=100),
+    "scene": dict(updates=40_000, lr=5e-4),
     "cube-single-goal": dict(updates=20_000, episodes=100),
     "puzzle-3x3-goal": dict(
         updates=40_000, lr=5e-4, episodes=100, long_horizon=25, weights=(0.01, 0.03, 0.1, 0.3)),
@@ -1090,10 +1101,10 @@ FAMILY = {  # where the defaults of Config do not serve
 # to the table, on two CPU cores
 MINUTES = {"cube-single": 6, "cube-double": 70, "cube-single-goal": 8, "puzzle-3x3-goal": 20}
 PAPER = dict(updates=500_000, batch_size=1024, width=1024, depth=4, lr=3e-4, discount=0.999)
-# goals: the paper's 1 to 10 are for DQC's Q = γ^k in [0, 1], which is 1 + (1-γ) Q with rewards of -1 as here
+# goals: the paper's w of 1 to 10 are for DQC's γ^k in [0, 1]; that is 1 + (1-γ) Q with rewards of -1 as here
 PAPER_GOAL = PAPER | dict(
     updates=1_000_000, batch_size=4096, weights=(0.001, 0.002, 0.005, 0.01), long_horizon=25)
-PAPER_KAPPAS = {  # τ and κ for goals, from DQC's release
+PAPER_EXPECTILES = {  # τ and κ for goals, from DQC's release
     "cube-triple": (0.93, 0.8), "cube-quadruple": (0.93, 0.8), "cube-octuple": (0.93, 0.5),
     "puzzle-4x5": (0.9, 0.5), "puzzle-4x6": (0.7, 0.5),
 }
@@ -1116,7 +1127,7 @@ PAPER_RESULTS = {  # success in %, measured off its figures, ± 0.2
 
 def parse(argv):
     """The options given on the command line, by field of Config."""
-    own = f"In brackets: the default. Others, in the first lines of a run, for {', '.join(FAMILY)}."
+    own = f"In brackets: the default. {', '.join(FAMILY)} have some of their own, which a run prints first."
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], epilog=own, argument_default=argparse.SUPPRESS)
     for f in fields(Config):
@@ -1144,12 +1155,12 @@ def defaults(base, goal, preset):
     family = f"{base}-goal" if goal else base
     paper = PAPER | dict(weights=PAPER_WEIGHTS.get(base, Config.weights))
     if goal:
-        paper = PAPER_GOAL | dict(zip(("expectile", "kappa"), PAPER_KAPPAS.get(base, ())))
+        paper = PAPER_GOAL | dict(zip(("expectile", "kappa"), PAPER_EXPECTILES.get(base, ())))
         paper |= dict(horizon=1) if base == "puzzle-4x6" else {}
     return asdict(Config()) | (paper if preset else FAMILY.get(family, {}))
 
 def describe(source, data, goal):
-    """Print what a dataset, as of `to_device`, is."""
+    """Print what a dataset, as `to_device` gives it, is."""
     r, ends, masks = (np.asarray(data[k]) for k in ("rewards", "ends", "masks"))
     shapes = ", ".join(f"{k} {v.shape[1]}" for k, v in data.items() if v.ndim == 2)
     n, solved = len(np.unique(ends)), masks == 0
@@ -1167,11 +1178,13 @@ def report(folder, title, nets, env_id, cfg):
     columns = list(dict.fromkeys(k for r in rows for k in r))
     write_csv(folder / "table.csv", [columns, *([r.get(k, "") for k in columns] for r in rows)])
     write_csv(folder / "episodes.csv", [("purpose", *Episode._fields), *episodes])  # the last: a run is done
-    print("\nto choose the weight", *table(summary(choice)), sep="\n")
+    if choice:
+        print("\nto choose the weight", *table(summary(choice)), sep="\n")
     for k in range(1, 6 if cfg.goal else 1):
         print(f"\ngoal {k}", *table(summary([e for e in fresh if goal_of(e.seed) == k])), sep="\n")
     print(f"\n{title}, fresh episodes", *table(rows), sep="\n")
-    print("did guidance help?", *(verdict(r) for r in rows if "gain" in r), f"saved in {folder}", sep="\n")
+    answers = [verdict(r) for r in rows if "gain" in r]
+    print(*["did guidance help?"] * bool(answers), *answers, f"saved in {folder}", sep="\n")
 
 def fingerprint(paths):
     """What tells whether data are the same: a file's SHA-256, or the names of many slices."""
@@ -1197,7 +1210,7 @@ def learn(states, record, folder, names, cfg):
         packages = ("jax", "jaxlib", "optax", "numpy", "ogbench", "gymnasium", "mujoco")
         versions = {p: version(p) for p in packages} | dict(python=platform.python_version())
         record = dict(sizes=(s_dim, a_dim, 0 if cfg.goal_flow else g_dim), seen={}, versions=versions)
-        record |= dict(data=f"{Path(cfg.data or paths[0])}: {origin}", fingerprint=mark)
+        record |= dict(data=f"{cfg.data or paths[0]}: {origin}", fingerprint=mark)
         states = init_seeds(*record["sizes"], cfg)
     record["config"] = asdict(cfg)
     counts = (f"{k} {sum(x[0].size for x in jax.tree.leaves(v)):,}" for k, v in states.params.items())
@@ -1215,7 +1228,7 @@ def run(given):
         return print(*pooled(given["table"]), sep="\n")
     names = find_task(given.get("env", Config.env), given.get("goal", Config.goal))
     base, short, env_id, _, goal = names
-    given |= dict(env=base if goal else short, goal=goal)
+    given |= dict(env=short.removesuffix("-goal"), goal=goal)
     folder = Path(given.get("out", Config.out)) / f"{short}-s{given.get('seed', Config.seed)}"
     settings, states, record = defaults(base, goal, given.get("preset")), None, {}
     if given.get("eval") or given.get("gif"):

@@ -13,7 +13,7 @@
 #   OUT=/big/runs PYTHON=python3.12 ./run_all.sh          another folder of runs, another Python
 #
 # Exits with 1, and a list, if a run failed; the others have run all the same.
-set -uo pipefail
+set -o pipefail # not -u, for which an empty array is an error in the Bash that macOS brings
 here=${SLURM_SUBMIT_DIR:-$(cd "$(dirname "$0")" && pwd)} # SLURM runs a copy of this script from elsewhere
 dry=
 if [ "${1:-}" = --dry-run ]; then dry=1 && shift; fi

@@ -183,10 +183,18 @@ def test_edp_loss_equals_a_numpy_loop_and_leaves_the_others_alone():
         np.testing.assert_allclose(d, -CFG.lr * g / (abs(g) + 1e-8), atol=2e-5)
 
 
+def test_the_flow_may_be_blind_to_goals_while_that_of_edp_sees_them():
+    params = qgf.init_params(KEY, S + 2, A, replace(CFG, edp=1.0), unseen=2)
+    a, t = jnp.zeros((2, CFG.horizon * A)), jnp.zeros((2, 1))
+    s = jnp.zeros((2, S + 2)).at[1, S:].set(1.0)  # two goals in the same state
+    blind, seeing = (qgf.velocity(params[k], s, a, t) for k in ("policy", "edp"))
+    assert (blind[0] == blind[1]).all() and (seeing[0] != seeing[1]).any()
+
+
 def test_dqc_loss_equals_a_numpy_loop_and_reaches_both_critics_alone():
     cfg = replace(CFG, long_horizon=4, kappa=0.8)
     data = qgf.to_device(random_data(), cfg.reach)
-    assert len(data["starts"]) == 60 - 4 * 4 + 1  # whole long chunks only; one needs no state after it
+    assert data["n_starts"] == 60 - 4 * 4 + 1  # whole long chunks only; one needs no state after it
     batch = jax.device_get(sample_batch(jax.random.PRNGKey(5), data, cfg))
     assert batch["long_actions"].shape == (32, 4 * A) and batch["actions"].shape == (32, 3 * A)
     np.testing.assert_array_equal(batch["long_actions"][:, : 3 * A], batch["actions"])
@@ -256,7 +264,7 @@ def test_chunks_stay_in_one_trajectory_and_returns_stop_at_success():
     raw, H = random_data(), CFG.horizon
     starts = [i for i in range(60) if i + H < 60 and raw["ends"][i] == raw["ends"][i + H]]
     starts = sorted([*starts, 27 - H])  # rows 7 to 26 end with a success, and need no state after that
-    assert DATA["starts"].tolist() == starts and len(starts) == 60 - 4 * H + 1
+    assert DATA["starts"][: DATA["n_starts"]].tolist() == starts and len(starts) == 60 - 4 * H + 1
     batch = jax.device_get(sample_batch(KEY, DATA, replace(CFG, batch_size=500)))
     drawn = set()
     for k in range(500):
@@ -273,6 +281,15 @@ def test_chunks_stay_in_one_trajectory_and_returns_stop_at_success():
         if mask:
             np.testing.assert_array_equal(batch["next_observations"][k], raw["observations"][i + H])
     assert drawn == set(starts)  # 500 draws of 49 starts
+
+
+def test_a_slice_with_fewer_chunks_compiles_nothing_anew():
+    fewer = qgf.to_device(random_data() | dict(masks=np.ones(60, np.float32)), CFG.horizon)
+    assert fewer["n_starts"] < DATA["n_starts"]
+    state, _ = qgf.train(some_state(), DATA, 2, CFG)
+    compiled = qgf.train._cache_size()
+    qgf.train(state, fewer, 2, CFG)
+    assert qgf.train._cache_size() == compiled
 
 
 def test_a_success_in_the_last_row_of_all_is_learned_from():
@@ -314,7 +331,7 @@ def test_hindsight_goals_rewards_and_masks_equal_a_brute_force_loop(alike):
             batch["next_observations"][k, :S], raw["observations"][i + CFG.horizon]
         )
         kinds["present" if goal == i else "later" if i < goal <= raw["ends"][i] else "other"] += 1
-    starts = np.asarray(data["starts"])
+    starts = np.asarray(data["starts"][: data["n_starts"]])
     later = np.mean(
         (raw["ends"][starts] - starts) / 60
     )  # how often any row is a later one of the trajectory
@@ -833,6 +850,8 @@ def test_the_interval_over_several_runs_is_that_of_runs_and_episodes():
     half = 1.96 * math.sqrt(p.var() / 3 + (p * (1 - p)).mean() / 600)
     assert row["n"] == 800 and row["success"] == pytest.approx(p.mean())
     assert (row["low"], row["high"]) == pytest.approx((p.mean() - half, p.mean() + half), abs=0.015)
+    uneven = episodes_of("bc", 0.0, 10, 10, "a-s0") + episodes_of("bc", 0.0, 0, 90, "b-s0")
+    assert qgf.summary(uneven)[0]["success"] == 0.5  # runs count the same, as they do in the interval
     alike = sum((episodes_of("bc", 0.0, 0, 25, f"cube-single-s{i}") for i in range(4)), [])
     assert qgf.summary(alike)[0]["high"] > 0.03  # of 0 in 100, where a bootstrap would say 0
 
@@ -855,11 +874,11 @@ def test_the_pooled_table_is_that_of_its_episodes(tmp_path):
     assert [cell.split()[0] for cell in guided[2:6]] == ["0.80", "1.00", "0.87", "0.73"]
     assert guided[1] == "0.8 to 2" and guided[6:] == ["20", "5", "6", "0.53"]
     assert guided[2].endswith("paper 0.70") and guided[3].endswith("paper 0.87") and bc[1] == ""
-    assert lines[-1] == "\n3 runs, 30 episodes in a row"
+    assert lines[-1] == "\nruns: 3; episodes in a row: 30"
     (tmp_path / "more").mkdir()
     (tmp_path / "scene-s0").rename(tmp_path / "more/scene-s0")
     assert qgf.pooled(tmp_path)[0].startswith("| method | w | cube-triple | more/scene | all |")
-    assert qgf.pooled(tmp_path / "more/scene-s0")[-1] == "\n1 runs, 10 episodes in a row"
+    assert qgf.pooled(tmp_path / "more/scene-s0")[-1] == "\nruns: 1; episodes in a row: 10"
 
 
 def test_names_of_methods():
@@ -1152,7 +1171,7 @@ def test_a_real_run_from_the_command_line(home, capsys):
     assert (
         "| cube-single |" in pooled
         and "| `qgf-jacobian+score@2` |" in pooled
-        and "1 runs, 2 episodes" in pooled
+        and "runs: 1; episodes in a row: 2" in pooled
     )
     record = json.loads((folder / "config.json").read_text())
     assert record["config"]["width"] == 16 and "jax" in record["versions"]
@@ -1164,7 +1183,9 @@ def test_a_real_run_from_the_command_line(home, capsys):
     assert np.isfinite(metrics["q"]).all()
 
 
-def test_a_run_stopped_or_killed_goes_on_bitwise(home):
+@pytest.fixture(scope="session")
+def whole(home):
+    """A finished run. Beside it is `stopped`, which went as far through a Ctrl-C and a kill -9."""
     stopped = start(home, "--updates", "1000000", "--out", "stopped")  # far more than it will live to see
     for line in stopped.stdout:  # the plan is printed when training begins
         if line.startswith("plan"):
@@ -1187,11 +1208,15 @@ def test_a_run_stopped_or_killed_goes_on_bitwise(home):
         p = start(home, "--updates", str(first + 200), "--out", name)
         _, err = p.communicate(timeout=170)
         assert p.returncode == 0, err
-    a, b = checkpoint(home / "whole"), checkpoint(home / "stopped")
+    return home / "whole"
+
+
+def test_a_run_stopped_or_killed_goes_on_bitwise(home, whole):
+    a, b = checkpoint(whole), checkpoint(home / "stopped")
     assert a.keys() == b.keys() and all((a[k] == b[k]).all() for k in a if k != "record")
     for name in ("metrics.csv", "episodes.csv"):
-        whole, stopped = (home / run / "cube-single-s0" / name for run in ("whole", "stopped"))
-        assert whole.read_text() == stopped.read_text()
+        a, b = (run / "cube-single-s0" / name for run in (whole, home / "stopped"))
+        assert a.read_text() == b.read_text()
 
 
 def test_a_run_on_slices_that_meets_a_broken_one_keeps_what_it_has_and_goes_on(home, capsys):
@@ -1216,6 +1241,7 @@ def test_a_run_on_slices_that_meets_a_broken_one_keeps_what_it_has_and_goes_on(h
     assert main(home, *args) == 0
     out = capsys.readouterr().out
     assert f"plan    updates {stopped} to 170" in out and "for each of 2 seed(s)" in out
+    assert "to choose the weight" not in out  # bc@2 needs none
     folder = home / "sliced/cube-single-s0"
     assert json.loads((folder / "config.json").read_text())["seen"] == {f"{i}.npz": 280 for i in range(3)}
     metrics = np.genfromtxt(folder / "metrics.csv", delimiter=",", names=True)
@@ -1326,9 +1352,8 @@ def test_run_all_lists_its_runs_and_a_slurm_task_takes_one():
         assert p.stdout.rstrip().endswith("--goal") == (i == 1) and p.stdout.count("\n") == 1
 
 
-def main(home, *args):
-    whole = str(home / "whole")
-    return qgf.main(["--env", "cube-single", "--collect", "2000", "--out", whole, *SMALL, *args])
+def main(whole, *args):
+    return qgf.main(["--env", "cube-single", "--collect", "2000", "--out", str(whole), *SMALL, *args])
 
 
 @pytest.mark.parametrize(
@@ -1339,6 +1364,7 @@ def main(home, *args):
         (["--lr", "-1"], "--lr -1.0 is out of range"),
         (["--table", ""], "--table '' is out of range"),
         (["--goal-flow", "--out", "other"], "there is none without --goal"),
+        (["--goal-flow"], "holds a run with no --goal-flow"),
         (["--env", "cube-single-task2", "--goal"], "give --env cube-single"),
         (["--data", "nowhere.npz", "--out", "other"], "nowhere.npz: No such file"),
         (["--data", ".", "--out", "other"], "has no .npz in it"),
@@ -1358,33 +1384,33 @@ def main(home, *args):
         ),
     ],
 )
-def test_a_users_mistake_gets_one_clear_line(home, monkeypatch, capsys, args, words):
+def test_a_users_mistake_gets_one_clear_line(home, whole, monkeypatch, capsys, args, words):
     monkeypatch.chdir(home)
-    before = checkpoint(home / "whole")
-    assert main(home, *args) == 1
+    before = checkpoint(whole)
+    assert main(whole, *args) == 1
     err = capsys.readouterr().err.strip().splitlines()[-1]
     assert err.startswith("qgf: ") and words in err and len(err) < 400
-    assert all((v == before[k]).all() for k, v in checkpoint(home / "whole").items())
+    assert all((v == before[k]).all() for k, v in checkpoint(whole).items())
 
 
-def test_other_data_in_a_runs_way_is_refused(home, capsys):
+def test_other_data_in_a_runs_way_is_refused(home, whole, capsys):
     collected = home / ".ogbench/data/cube-single-play-v0-collected-2000.npz"
     with np.load(collected) as file:
         np.savez(home / "other.npz", **{k: v[:1001] for k, v in file.items()})
-    assert main(home, "--updates", "500", "--data", str(home / "other.npz")) == 1
+    assert main(whole, "--updates", "500", "--data", str(home / "other.npz")) == 1
     assert "was trained on other data" in capsys.readouterr().err
 
 
-def test_a_damaged_checkpoint_is_refused_and_kept(home, capsys):
+def test_a_damaged_checkpoint_is_refused_and_kept(home, whole, capsys):
     path = home / "damaged/cube-single-s0/checkpoint.npz"
     path.parent.mkdir(parents=True)
-    path.write_bytes((home / "whole/cube-single-s0/checkpoint.npz").read_bytes()[:3000])
-    assert main(home, "--out", str(home / "damaged")) == 1
+    path.write_bytes((whole / "cube-single-s0/checkpoint.npz").read_bytes()[:3000])
+    assert main(whole, "--out", str(home / "damaged")) == 1
     assert "is no whole checkpoint" in capsys.readouterr().err and path.stat().st_size == 3000
 
 
-def test_a_diverging_run_stops_with_its_step_and_keeps_the_last_good_checkpoint(home, capsys, monkeypatch):
-    before = checkpoint(home / "whole")
+def test_a_diverging_run_stops_with_its_step_and_keeps_the_last_good_checkpoint(whole, capsys, monkeypatch):
+    before = checkpoint(whole)
     real = qgf.train_seeds
 
     def diverging(states, data, n, cfg):
@@ -1393,14 +1419,14 @@ def test_a_diverging_run_stops_with_its_step_and_keeps_the_last_good_checkpoint(
 
     monkeypatch.setattr(qgf, "train_seeds", diverging)
     step = int(before["step"][0])
-    assert main(home, "--updates", str(step + 100)) == 1
+    assert main(whole, "--updates", str(step + 100)) == 1
     assert f"NaN or Inf at update {step + 38};" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # Ctrl-C is the caller's again
-    assert all((v == before[k]).all() for k, v in checkpoint(home / "whole").items())
-    states, record = qgf.load_run(home / "whole/cube-single-s0", {})
+    assert all((v == before[k]).all() for k, v in checkpoint(whole).items())
+    states, record = qgf.load_run(whole / "cube-single-s0", {})
     with pytest.raises(qgf.UserError, match="params/value/0/b is NaN"):
         states.params["value"][0]["b"][0, 0] = np.nan
-        qgf.save_run(home / "whole/cube-single-s0", states, [], record)
+        qgf.save_run(whole / "cube-single-s0", states, [], record)
 
 
 def test_a_second_ctrl_c_interrupts():
@@ -1422,8 +1448,8 @@ def test_workers_leave_ctrl_c_to_their_parent_and_end_with_their_block():
 
 
 @pytest.mark.parametrize("files", range(5))
-def test_a_kill_between_two_files_leaves_a_run_that_goes_on(home, tmp_path, monkeypatch, files):
-    states, record = qgf.load_run(home / "whole/cube-single-s0", {})
+def test_a_kill_between_two_files_leaves_a_run_that_goes_on(whole, tmp_path, monkeypatch, files):
+    states, record = qgf.load_run(whole / "cube-single-s0", {})
     write, written = qgf.atomic_write, []
 
     def killed(path, mode="wb"):
@@ -1444,18 +1470,18 @@ def test_a_kill_between_two_files_leaves_a_run_that_goes_on(home, tmp_path, monk
         assert qgf.pooled(tmp_path)
 
 
-def test_a_full_or_unwritable_disk_is_named_and_leaves_the_old_file(home, tmp_path, capsys, monkeypatch):
-    folder, before = home / "whole/cube-single-s0", checkpoint(home / "whole")
+def test_a_full_or_unwritable_disk_is_named_and_leaves_the_old_file(whole, tmp_path, capsys, monkeypatch):
+    folder, before = whole / "cube-single-s0", checkpoint(whole)
 
     def full(fd):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as m:
         m.setattr(os, "fsync", full)
-        assert main(home, "--updates", str(int(before["step"][0]) + 100)) == 1
+        assert main(whole, "--updates", str(int(before["step"][0]) + 100)) == 1
     assert "No space left on device" in capsys.readouterr().err
-    assert all((v == before[k]).all() for k, v in checkpoint(home / "whole").items())
+    assert all((v == before[k]).all() for k, v in checkpoint(whole).items())
     assert not list(folder.glob("*.part"))
     (tmp_path / "file").touch()
-    assert main(home, "--out", str(tmp_path / "file")) == 1
+    assert main(whole, "--out", str(tmp_path / "file")) == 1
     assert str(tmp_path / "file") in capsys.readouterr().err

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Speed as ratios: what is compared runs in turn, five times, on this machine, which should do nothing else.
+"""Speed as ratios: what is compared runs in turn, several times, on this machine, which should do nothing else.
 
-PYTHONPATH=. python .github/bench.py updates [CLONE]    of three sizes; beside the official code's, from its clone
+PYTHONPATH=. python .github/bench.py updates [CLONE]    of four sizes; beside the official code's, from its clone
 PYTHONPATH=. python .github/bench.py seeds      several seeds at once by vmap, beside one alone
 PYTHONPATH=. python .github/bench.py slices     ten slices of 100k transitions in turn, beside one that stays
 PYTHONPATH=. python .github/bench.py rollout RUN    a saved run's episodes, policy and all, beside env.step in one process
@@ -127,8 +127,8 @@ def slices():
     env = qgf.make_env(env_id, "")
     with tempfile.TemporaryDirectory() as folder, np.load(path) as file:
         paths = [Path(folder) / f"{i}.npz" for i in range(10)]
-        for p in paths:
-            np.savez(p, **{k: file[k][:100_100] for k in file.files})
+        for i, p in enumerate(paths):
+            np.savez(p, **{k: file[k][10_010 * i :][:100_100] for k in file.files})
         load = lambda path: qgf.to_device(qgf.load_dataset(path, env), H)
         states = qgf.init_seeds(S, A, 0, cfg)
 
