@@ -1042,7 +1042,7 @@ def pooled(folder):
         cost = [f"{float(f'{x:.3g}'):g}" for x in np.median(costs[method], axis=0)]
         lines[-1] += [gain.format(**r or {}), *cost, f"{mean / 100:.2f}" if mean else ""]
     runs, n = len({e.run for e in fresh}), sum(e.method == "bc" for e in fresh)
-    return [*(f"| {' | '.join(cells)} |" for cells in lines), f"\nruns: {runs}; episodes in a row: {n}"]
+    return [*(f"| {' | '.join(cells)} |" for cells in lines), f"\nruns: {runs}; episodes per method: {n}"]
 
 def film(nets, folder, env_id, cfg):
     """Film an episode that the first run's QGF solved beside BC's try, from the same start, into cfg.gif."""

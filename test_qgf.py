@@ -874,11 +874,11 @@ def test_the_pooled_table_is_that_of_its_episodes(tmp_path):
     assert [cell.split()[0] for cell in guided[2:6]] == ["0.80", "1.00", "0.87", "0.73"]
     assert guided[1] == "0.8 to 2" and guided[6:] == ["20", "5", "6", "0.53"]
     assert guided[2].endswith("paper 0.70") and guided[3].endswith("paper 0.87") and bc[1] == ""
-    assert lines[-1] == "\nruns: 3; episodes in a row: 30"
+    assert lines[-1] == "\nruns: 3; episodes per method: 30"
     (tmp_path / "more").mkdir()
     (tmp_path / "scene-s0").rename(tmp_path / "more/scene-s0")
     assert qgf.pooled(tmp_path)[0].startswith("| method | w | cube-triple | more/scene | all |")
-    assert qgf.pooled(tmp_path / "more/scene-s0")[-1] == "\nruns: 1; episodes in a row: 10"
+    assert qgf.pooled(tmp_path / "more/scene-s0")[-1] == "\nruns: 1; episodes per method: 10"
 
 
 def test_names_of_methods():
@@ -1171,7 +1171,7 @@ def test_a_real_run_from_the_command_line(home, capsys):
     assert (
         "| cube-single |" in pooled
         and "| `qgf-jacobian+score@2` |" in pooled
-        and "runs: 1; episodes in a row: 2" in pooled
+        and "runs: 1; episodes per method: 2" in pooled
     )
     record = json.loads((folder / "config.json").read_text())
     assert record["config"]["width"] == 16 and "jax" in record["versions"]
