@@ -1099,7 +1099,7 @@ FAMILY = {  # where the defaults of Config do not serve
         updates=40_000, lr=5e-4, episodes=100, long_horizon=25, weights=(0.01, 0.03, 0.1, 0.3)),
 }
 # to the table, on two CPU cores
-MINUTES = {"cube-single": 6, "cube-double": 70, "cube-single-goal": 8, "puzzle-3x3-goal": 20}
+MINUTES = {"cube-single": 6, "cube-double": 70, "scene": 10, "cube-single-goal": 8, "puzzle-3x3-goal": 20}
 PAPER = dict(updates=500_000, batch_size=1024, width=1024, depth=4, lr=3e-4, discount=0.999)
 # goals: the paper's w of 1 to 10 are for DQC's γ^k in [0, 1]; that is 1 + (1-γ) Q with rewards of -1 as here
 PAPER_GOAL = PAPER | dict(
