@@ -159,21 +159,21 @@ def init_params(key, s_dim, a_dim, cfg, unseen=0):
     chunk, hidden = cfg.horizon * a_dim, [cfg.width] * cfg.depth
     critic_hidden = [cfg.critic_width or cfg.width] * cfg.depth
 
-    def actor(unseen):
-        return init_mlp(key_policy, [s_dim - unseen + chunk + 16, *hidden, chunk], actor=True)
+    def flow(seen):
+        return init_mlp(key_policy, [seen + chunk + 16, *hidden, chunk], actor=True)
 
     def two_critics(key, chunk):
         return jax.vmap(lambda k: init_mlp(k, [s_dim + chunk, *critic_hidden, 1]))(jax.random.split(key, 2))
 
     params = dict(
-        policy=actor(unseen),
+        policy=flow(s_dim - unseen),
         critic=two_critics(key_critic, chunk),
         value=init_mlp(key_value, [s_dim, *critic_hidden, 1]),
     )
     if cfg.long_horizon:
         params["long_critic"] = two_critics(jax.random.fold_in(key_critic, 0), cfg.long_horizon * a_dim)
     if cfg.edp:
-        params["edp"] = actor(0)
+        params["edp"] = flow(s_dim)
     return params
 
 
@@ -227,7 +227,7 @@ def dqc_loss(params, batch, cfg):
 def edp_loss(policy, target_critic, s, a_1, key, cfg):
     """EDP, QGF's train-time twin: α (flow matching) - E min_k Q̄_k(s, â_1), differentiated through â_1."""
     a_0, a_t, t = noisy_actions(a_1, key, cfg)
-    v = velocity(policy, s, a_t, t)
+    v = velocity(policy, s, a_t, t)  # for both terms, so that `flow_matching_loss` need not ask again
     q = q_min(target_critic, s, clean_estimate(a_t, t, v))  # (B,)
     return cfg.edp * jnp.mean((v - (a_1 - a_0)) ** 2) - q.mean()
 
@@ -435,7 +435,7 @@ COLLECT = {"cube-single": 200_000, "puzzle-3x3": 300_000, "scene": 300_000}
 STACKING = dict(single=(0, 0), double=(0, 0.25), triple=(0.05, 0.35), quadruple=(0.1, 0.5), octuple=(0, 0.35))
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 progress = partial(tqdm, mininterval=0.2 if sys.stderr.isatty() else 30, dynamic_ncols=True)
-warnings.filterwarnings("ignore", message=".*DISPLAY|.*precision lowered")  # no window; float32
+warnings.filterwarnings("ignore", message=".*DISPLAY|.*precision lowered")  # no window is wanted, nor float64
 
 class UserError(Exception):
     """What a user can mend, in one line that says what is wrong and what to do."""
@@ -611,8 +611,8 @@ def load_dataset(path, env, goal=""):
     for key, shape in shapes.items():
         found = data[key].shape if key in data else "missing"
         if n == 0 or found != shape:
-            wanted = f"expected {shape if n else 'some rows'}"
-            raise UserError(f"{path} is no dataset of {env.spec.id}: `{key}` is {found}, {wanted}")
+            expected = shape if n else "some rows"
+            raise UserError(f"{path} is no dataset of {env.spec.id}: `{key}` is {found}, expected {expected}")
         finite = np.isfinite(data[key].reshape(n, -1)).all(axis=1)
         if not finite.all():
             raise UserError(f"{path}: `{key}` has NaN or Inf in row {finite.argmin()}: drop its trajectory")
@@ -803,12 +803,12 @@ def summary(episodes, costs={}):
     for how in dict.fromkeys((e.method, e.weight) for e in episodes):
         ours = [e for e in episodes if (e.method, e.weight) == how]
         runs = [[e for e in ours if e.run == run] for run in dict.fromkeys(e.run for e in ours)]
-        n, wins = len(ours), sum(e.success for e in ours)
-        low, high = binomtest(wins, n).proportion_ci(method="wilson")
+        n, wins = len(ours), [np.array([e.success for e in run]) for run in runs]
+        low, high = binomtest(sum(e.success for e in ours), n).proportion_ci(method="wilson")
         if len(runs) > 1:
-            ends = bootstrap([np.array([e.success for e in run]) for run in runs])
+            ends = bootstrap(wins)
             low, high = min(low, ends[0]), max(high, ends[1])
-        success = np.mean([np.mean([e.success for e in run]) for run in runs])
+        success = np.mean([w.mean() for w in wins])
         row = dict(zip(("method", "weight"), how)) | dict(n=n, success=success, low=low, high=high)
         row |= dict(ret=sum(e.ret for e in ours) / n, length=sum(e.length for e in ours) / n)
         if how[0] != "bc" and all((e.run, e.seed) in base for e in ours):
@@ -904,7 +904,7 @@ def load_run(folder, given):
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
         record = json.loads(str(arrays["record"]))
-        cfg = Config(**record["config"] | dict(weights=(), methods=()))  # lists in JSON: no hash
+        cfg = Config(**record["config"] | dict(weights=(), methods=()))  # lists in JSON
         states = jax.eval_shape(lambda: init_seeds(*record["sizes"], cfg))
         for name, leaf in named_leaves(states).items():
             if arrays[name].shape != leaf.shape:
@@ -1183,8 +1183,9 @@ def report(folder, title, nets, env_id, cfg):
     for k in range(1, 6 if cfg.goal else 1):
         print(f"\ngoal {k}", *table(summary([e for e in fresh if goal_of(e.seed) == k])), sep="\n")
     print(f"\n{title}, fresh episodes", *table(rows), sep="\n")
-    answers = [verdict(r) for r in rows if "gain" in r]
-    print(*["did guidance help?"] * bool(answers), *answers, f"saved in {folder}", sep="\n")
+    if answers := [verdict(r) for r in rows if "gain" in r]:
+        print("did guidance help?", *answers, sep="\n")
+    print(f"saved in {folder}")
 
 def fingerprint(paths):
     """What tells whether data are the same: a file's SHA-256, or the names of many slices."""
