@@ -860,7 +860,7 @@ def evaluate(nets, env_id, cfg):
 
 
 # ---- 8 Runs: a folder with config.json, checkpoint.npz, metrics.csv, episodes.csv and table.csv ------------
-CHUNK = 100  # updates in a compiled call
+CALL = 100  # updates in a compiled call
 LOSSES = ("flow_loss", "critic_loss", "value_loss", "edp_loss", "q", "v")
 # the settings that may change when a run goes on
 FREE = "preset out eval gif table data collect updates methods weights choose episodes watch".split()
@@ -963,7 +963,7 @@ def fit(states, slices, folder, record, cfg, short, env_id):
     bar = progress(total=cfg.updates, initial=step, desc="training", unit=" updates")
     with gentle_stop() as stop, bar:
         while step < cfg.updates and not stop:
-            n = min(CHUNK, cfg.updates - step, cfg.swap - step % cfg.swap)
+            n = min(CALL, cfg.updates - step, cfg.swap - step % cfg.swap)
             states, info = train_seeds(states, data, n, cfg)
             losses = np.array([info[k] for k in LOSSES])  # (6, K, n): the one wait for the device
             finite = np.isfinite(losses).all(axis=(0, 1))
@@ -971,7 +971,7 @@ def fit(states, slices, folder, record, cfg, short, env_id):
                 where = f"at update {step + 1 + finite.argmin()}; {folder} keeps what was saved before"
                 raise UserError(f"a loss is NaN or Inf {where}. Try a smaller --lr, and another --out")
             if step == bar.initial:
-                bar.start_t = bar.last_print_t = time.time()  # the first chunk compiled: time from its end
+                bar.start_t = bar.last_print_t = time.time()  # the first call compiled: time from its end
             step += n
             for k, means in enumerate(losses.mean(axis=2).T):  # (6, K, n) -> (K, 6)
                 metrics.append([step, cfg.seed + k, *(f"{x:.6g}" for x in means)])

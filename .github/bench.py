@@ -53,7 +53,7 @@ def random_data():
 def ours(data, cfg):
     """Work for `compare`: a few updates of each seed, one after the other or by vmap."""
     states = qgf.init_seeds(S, A, 0, cfg)
-    n = 20  # a call's; a run makes qgf.CHUNK of them in one
+    n = 20  # a call's; a run makes qgf.CALL of them in one
     many = jax.jit(jax.vmap(lambda s: qgf.train(s, data, n, cfg)), donate_argnums=0)
     train = many if cfg.seeds > 1 else lambda s: qgf.train_seeds(s, data, n, cfg)
 
@@ -135,8 +135,8 @@ def slices():
         def work(source):
             nonlocal states
             _, data = next(source)
-            for _ in range(cfg.swap // qgf.CHUNK):
-                states, info = qgf.train_seeds(states, data, qgf.CHUNK, cfg)
+            for _ in range(cfg.swap // qgf.CALL):
+                states, info = qgf.train_seeds(states, data, qgf.CALL, cfg)
                 np.asarray(info["q"])
             return cfg.swap
 
