@@ -1,63 +1,42 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: MIT
-# Train and evaluate QGF on a list of environments; what is done is skipped, and a table of all ends it.
+# Train and evaluate QGF on a list of tasks, one after the other, and print a table of all results.
 #
-#   ./run_all.sh                                          cube-single and cube-double, their five tasks, seed 0
-#   DATA=/big ./run_all.sh paper 0 --seeds 10             the paper's 20 tasks with its settings, ten seeds at once,
-#                                                         on OGBench's 100M sets, as in /big/scene-play-100m-v0/
-#   DATA=/big ./run_all.sh paper-goals 0 --seeds 10       its five goal-conditioned environments
-#   ./run_all.sh "cube-single cube-double-task3" "0 1"    these environments, a run for each of these seeds
+#   ./run_all.sh                                          the five tasks of cube-single and cube-double, seed 0
+#   ./run_all.sh "cube-single scene-task1" "0 1"          these tasks, a run for each of these seeds
 #   ./run_all.sh "scene" "0" --updates 200000             further options go to qgf.py
-#   ./run_all.sh --dry-run | parallel -j 4                print the commands; GNU parallel runs four at a time
-#   DATA=/big sbatch --array=0-19 run_all.sh paper        SLURM: each array task does one run of the list
+#   DATA=/big ./run_all.sh paper "0" --seeds 10           the paper's 20 tasks and settings on OGBench's 100M sets,
+#                                                         which are in folders such as /big/scene-play-100m-v0
+#   ./run_all.sh --dry-run paper | parallel -j 4          only print the commands; GNU parallel runs four at a time
+#   sbatch --gpus=1 --array=0-19 run_all.sh paper         SLURM: each array task does one run of the list
 #   OUT=/big/runs PYTHON=python3.12 ./run_all.sh          another folder of runs, another Python
 #
-# Exits with 1, and a list, if a run failed; the others have run all the same.
+# Given again, it resumes what was stopped. It exits with 1, and a list, if a run failed; the others run all the same.
 set -o pipefail # not -u, for which an empty array is an error in the Bash that macOS brings
-here=${SLURM_SUBMIT_DIR:-$(cd "$(dirname "$0")" && pwd)} # SLURM runs a copy of this script from elsewhere
-dry=
-if [ "${1:-}" = --dry-run ]; then dry=1 && shift; fi
+here=$(cd "$(dirname "$0")" && pwd)
+[ -e "$here/qgf.py" ] || here=$SLURM_SUBMIT_DIR # sbatch runs a copy of this script from elsewhere
+if [ "$1" = --help ] || [ "$1" = -h ]; then sed -n '3,15s/^# \{0,1\}//p' "$0" && exit; fi
+if [ "$1" = --dry-run ]; then dry=1 && shift; fi
 tasks() { for env in "$@"; do for task in 1 2 3 4 5; do echo "$env-task$task"; done; done; }
-options=("${@:3}")
+paper=(--updates 500000 --batch-size 1024 --width 1024 --depth 4 --lr 3e-4 --discount 0.999 --episodes 50)
 case ${1:-} in
-  "") envs=$(tasks cube-single cube-double) ;;
-  paper) envs=$(tasks cube-triple cube-quadruple puzzle-4x4 scene) && options=(--preset paper "${@:3}") ;;
-  paper-goals)
-    envs="puzzle-4x5 cube-triple cube-quadruple puzzle-4x6 cube-octuple"
-    options=(--preset paper --goal "${@:3}")
-    ;;
-  *) envs=$1 ;;
+  "") envs=$(tasks cube-single cube-double) && options=() ;;
+  paper) envs=$(tasks cube-triple cube-quadruple puzzle-4x4 scene) && options=("${paper[@]}") ;;
+  *) envs=$1 && options=() ;;
 esac
-seeds=${2:-0}
-out=${OUT:-runs}
-only=${SLURM_ARRAY_TASK_ID:-}
-number=0
-failed=()
-suffix=
-if [[ " ${options[*]} " == *" --goal"* ]]; then suffix=-goal; fi
-trap 'echo "run_all.sh: interrupted; the same command goes on" >&2; exit 130' INT TERM
+python=${PYTHON:-python} && out=${OUT:-runs} && number=0 && failed=()
+fail() { echo "run_all.sh: $*" >&2 && exit 1; }
+[ -n "$dry" ] || "$python" -c "" 2>/dev/null || fail "$python does not run: activate the environment, or set PYTHON"
+[ -z "$DATA" ] || [ -d "$DATA" ] || fail "DATA=$DATA is no folder"
+trap 'fail "interrupted; the same command resumes"' INT TERM
 for env in $envs; do
-  data=()
-  if [ -n "${DATA:-}" ]; then
-    found=$(compgen -G "$DATA/${env%-task?}-play-*/" | head -n 1)
-    data=(--data "${found:-$DATA/${env%-task?}}")
-  fi
-  for seed in $seeds; do
-    if [ -n "$only" ] && [ "$only" != "$((number++))" ]; then continue; fi
-    command=("${PYTHON:-python}" "$here/qgf.py" --env "$env" --seed "$seed" --out "$out" "${data[@]}" "${options[@]}")
-    if [ -n "$dry" ]; then
-      printf '%q ' "${command[@]}" && echo
-    elif [ -e "$out/$env$suffix-s$seed/episodes.csv" ]; then
-      echo "$env, seed $seed: done before, with the options of then, in $out/$env$suffix-s$seed"
-    elif ! "${command[@]}"; then
-      failed+=("$env$suffix-s$seed")
-    fi
+  data=() && [ -z "$DATA" ] || data=(--data "$(compgen -G "$DATA/${env%-task?}-play-*" | head -n 1)")
+  for seed in ${2:-0}; do
+    if [ -n "$SLURM_ARRAY_TASK_ID" ] && [ "$SLURM_ARRAY_TASK_ID" != "$((number++))" ]; then continue; fi
+    command=("$python" "$here/qgf.py" --env "$env" --seed "$seed" --out "$out" "${data[@]}" "${options[@]}" "${@:3}")
+    if [ -n "$dry" ]; then printf '%q ' "${command[@]}" && echo && continue; fi
+    "${command[@]}" || failed+=("$env-s$seed")
   done
 done
-if [ -z "$only$dry" ]; then
-  "${PYTHON:-python}" "$here/qgf.py" --table "$out"
-fi
-if [ ${#failed[@]} -gt 0 ]; then
-  echo "run_all.sh: failed: ${failed[*]}" >&2
-  exit 1
-fi
+[ -n "$dry$SLURM_ARRAY_TASK_ID" ] || PYTHONPATH=$here "$python" "$here/.github/table.py" "$out"
+[ ${#failed[@]} -eq 0 ] || fail "failed: ${failed[*]}"

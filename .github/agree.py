@@ -43,7 +43,7 @@ def main(clone):
     actions, rewards = np.float32(rng.uniform(-1, 1, (B, H, A))), np.float32(rng.normal(size=(B, H)))
     a_1, masks = actions.reshape(B, -1), np.float32(rng.random((B, H)) < 0.8)
     ours = dict(observations=s, actions=a_1, next_observations=next_s)
-    ours |= dict(returns=rewards[:, -1], masks=masks[:, -1])
+    ours |= dict(returns=rewards[:, -1], discounts=np.float32(0.99**H) * masks[:, -1])
     theirs = dict(observations=s, actions=actions, rewards=rewards, masks=masks, valid=np.ones((B, H)))
     theirs |= dict(next_observations=np.repeat(next_s[:, None], H, axis=1))
 
@@ -61,10 +61,10 @@ def main(clone):
         agent, cfg = put(fresh), qgf.Config(width=width, depth=depth, lr=fresh.config["bc_lr"], edp=100.0)
         p = {k: layers(params[k]) for k in networks}
         losses = dict(
-            policy=lambda x: qgf.flow_matching_loss(x, s, a_1, key, cfg),
-            critic=lambda x: qgf.critic_loss(x, p["value"], ours, cfg)[0],
-            value=lambda x: qgf.value_loss(x, p["target_critic"], ours, cfg)[0],
-            edp=lambda x: qgf.edp_loss(x, p["target_critic"], s, a_1, key, cfg),
+            policy=lambda x: qgf.flow_matching_loss(x, ours, key, cfg),
+            critic=lambda x: qgf.critic_loss(x, p["value"], ours),
+            value=lambda x: qgf.value_loss(x, p["target_critic"], ours, cfg),
+            edp=lambda x: qgf.edp_loss(x, p["target_critic"], ours, key, cfg),
         )
         edp = put(official_agent(clone, width, depth, "EDPAgent", "edp", bc_weight=cfg.edp))
         references = dict(
@@ -80,8 +80,9 @@ def main(clone):
             report(f"{k} loss, relative", apart(other, mine))
             report(f"{k} loss, gradient, relative", apart(layers(gradient), my_gradient))
 
-        state = qgf.init_state(key, S, A, qgf.Config(width=width, depth=depth))
-        state = state._replace(params={k: p[k] for k in state.params}, target=p["target_critic"])
+        state = jax.tree.map(lambda x: x[0], qgf.init_states((S, 0, A), qgf.Config(width=width, depth=depth)))
+        averages = dict(policy=p["policy"], critic=p["target_critic"])  # the official code averages Q alone
+        state = state._replace(params={k: p[k] for k in state.params}, target=averages)
         cfg = qgf.Config(width=width, depth=depth, lr=cfg.lr)
         for n in range(5):
             noise = jax.random.split(agent.rng)[1]
@@ -90,7 +91,7 @@ def main(clone):
                 other = {k: layers(getattr(agent, k).params) for k in networks}
                 report(
                     f"target after {n + 1} update(s)",
-                    apart(other.pop("target_critic"), state.target, False),
+                    apart(other.pop("target_critic"), state.target["critic"], False),
                 )
                 report(f"parameters after {n + 1} update(s)", apart(other, state.params, False))
 
@@ -104,12 +105,12 @@ def main(clone):
             for N in (1, 4):
                 a_0 = jax.random.normal(key, (B * N, H * A)).reshape(B, N, H * A)
                 other = agent.sample_actions(s, seed=key, guidance_weight=0.05, rejection_sampling=N)
-                mine = qgf.sample_actions(nets, s, a_0, 0.05, method)
+                mine, _ = qgf.sample_actions(nets, s, a_0, 0.05, method, 10)
                 report(f"{method} actions, best of {N}", apart(other, mine, False))
         steps = dict(qgrad_step_size=0.01, qgrad_steps=qgf.ASCENTS)
         agent = put(official_agent(clone, width, depth, "GradStepAgent", "grad_step", **steps))
         a_0 = jax.random.normal(key, (B, 1, H * A))
-        mine = qgf.sample_actions(nets, s, a_0, 0.01, "gradstep")
+        mine, _ = qgf.sample_actions(nets, s, a_0, 0.01, "gradstep", 10)
         report("gradstep actions", apart(agent.sample_actions(s, seed=key), mine, False))
 
 

@@ -1,22 +1,21 @@
 # SPDX-License-Identifier: MIT
-"""Speed as ratios: what is compared runs in turn, several times, on this machine, which should do nothing else.
+"""Speed as ratios: what is compared runs alternately, several times, on this machine, which should do nothing else.
 
-PYTHONPATH=. python .github/bench.py updates [CLONE]    of four sizes; beside the official code's, from its clone
-PYTHONPATH=. python .github/bench.py seeds      several seeds at once by vmap, beside one alone
-PYTHONPATH=. python .github/bench.py slices     ten slices of 100k transitions in turn, beside one that stays
-PYTHONPATH=. python .github/bench.py rollout RUN    a saved run's episodes, policy and all, beside env.step in one process
+PYTHONPATH=. python .github/bench.py updates [CLONE]   of four sizes; next to the official code's, from its clone
+PYTHONPATH=. python .github/bench.py seeds             several seeds at once by vmap, next to one alone
+PYTHONPATH=. python .github/bench.py cost [WIDTH DEPTH]   of a chunk by each method: time, and operations next to BC's
+PYTHONPATH=. python .github/bench.py rollout           an evaluation, policy and all, next to env.step in one process
 """
 
 import importlib
+import multiprocessing
 import sys
-import tempfile
 import time
 import types
 from functools import partial
-from pathlib import Path
 
-import gymnasium
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import qgf
@@ -50,16 +49,24 @@ def random_data():
     return data | dict(ends=np.int32(np.arange(N) // 1000 * 1000 + 999))
 
 
+def on_device():
+    data, starts = random_data(), np.arange(N - 1000)
+    return jax.device_put(data | dict(starts=np.int32(np.resize(starts, N)), n_starts=np.int32(len(starts))))
+
+
 def ours(data, cfg):
     """Work for `compare`: a few updates of each seed, one after the other or by vmap."""
-    states = qgf.init_seeds(S, A, 0, cfg)
-    n = 20  # a call's; a run makes qgf.CALL of them in one
-    many = jax.jit(jax.vmap(lambda s: qgf.train(s, data, n, cfg)), donate_argnums=0)
-    train = many if cfg.seeds > 1 else lambda s: qgf.train_seeds(s, data, n, cfg)
+    states, n = qgf.init_states((S, 0, A), cfg), 20
+    one = qgf.replace(cfg, seeds=1)
+    add = lambda s: jax.tree.map(lambda x: x[None], s)
+    vmapped = jax.jit(jax.vmap(lambda s: qgf.train(add(s), data, n, one)), donate_argnums=0)
+    train = vmapped if cfg.seeds > 1 else lambda s: qgf.train(s, data, n, cfg)
 
     def work():
         nonlocal states
         states, info = train(states)
+        if cfg.seeds > 1:
+            states = jax.tree.map(lambda x: x[:, 0], states)
         np.asarray(info["q"])
         return n * cfg.seeds
 
@@ -106,84 +113,57 @@ def official(clone, width, depth):
 
 
 def updates(clone=None):
-    data = qgf.to_device(random_data(), H)
+    data = on_device()
     for width, depth in SIZES:
-        beside = {f"official {width}x{depth}": official(clone, width, depth)} if clone else {}
+        other = {f"official {width}x{depth}": official(clone, width, depth)} if clone else {}
         cfg = qgf.Config(width=width, depth=depth)
-        compare(beside | {f"qgf.py {width}x{depth}": ours(data, cfg)}, "updates")
+        compare(other | {f"qgf.py {width}x{depth}": ours(data, cfg)}, "updates")
 
 
 def seeds():
-    data = qgf.to_device(random_data(), H)
+    data = on_device()
     for width, depth in ((64, 2), (256, 3), (512, 4)):
         cfgs = [qgf.Config(width=width, depth=depth, seeds=k) for k in (1, 2, 4, 8)]
         compare({f"{c.seeds} seeds {width}x{depth}": ours(data, c) for c in cfgs}, "updates")
 
 
-def slices():
-    cfg = qgf.Config(swap=200)
-    base, _, env_id, dataset, _ = qgf.find_task(cfg.env)
-    [path], _ = qgf.find_dataset(cfg, base, dataset)
-    env = qgf.make_env(env_id, "")
-    with tempfile.TemporaryDirectory() as folder, np.load(path) as file:
-        paths = [Path(folder) / f"{i}.npz" for i in range(10)]
-        for i, p in enumerate(paths):
-            np.savez(p, **{k: file[k][10_010 * i :][:100_100] for k in file.files})
-        load = lambda path: qgf.to_device(qgf.load_dataset(path, env), H)
-        states = qgf.init_seeds(S, A, 0, cfg)
-
-        def work(source):
-            nonlocal states
-            _, data = next(source)
-            for _ in range(cfg.swap // qgf.CALL):
-                states, info = qgf.train_seeds(states, data, qgf.CALL, cfg)
-                np.asarray(info["q"])
-            return cfg.swap
-
-        synchronous = ((p, load(p)) for _ in range(10**6) for p in paths)
-        kinds = dict(resident=qgf.stream(paths[:1], load, cfg, 0), stream=qgf.stream(paths, load, cfg, 0))
-        kinds |= dict(synchronous=synchronous)
-        compare({k: partial(work, source) for k, source in kinds.items()}, "updates")
+def cost(width=256, depth=3):
+    cfg = qgf.Config(width=int(width), depth=int(depth), edp=1.0)
+    nets = jax.tree.map(lambda x: x[0], qgf.init_states((S, 0, A), cfg).target)
+    print(f"{'method':16}{'ms, batch 1':>13}{'µs, batch 256':>15}{'GFLOP, batch 256':>18}")
+    for method in ("bc", "bc@4", "bc@16", "qgf", "qgf@4", "qgf-jacobian", "qgf-chain", "bptt", "qfql", "gradstep", "edp"):
+        (name, n), cells = qgf.parse_method(method), []
+        for batch, unit in ((1, 1e3), (256, 1e6)):
+            args = nets, jnp.zeros((batch, S)), jnp.ones((batch, n, H * A)), 0.01
+            compiled = qgf.sample_actions.lower(*args, method=name, T=10).compile()
+            seconds = []
+            for _ in range(22):
+                start = time.perf_counter()
+                jax.block_until_ready(compiled(*args))
+                seconds.append(time.perf_counter() - start)
+            cells.append(np.median(seconds[2:]) / batch * unit)
+        flops = compiled.cost_analysis().get("flops", float("nan")) / 1e9  # as XLA counts: a loop's body once
+        print(f"{method:16}{cells[0]:13.2f}{cells[1]:15.1f}{flops:18.3f}", flush=True)
 
 
-class Stopwatch(gymnasium.Wrapper):
-    spent = 0.0
-
-    def step(self, action):
+def rollout():
+    cfg, env_id = qgf.Config(episodes=40), "cube-single-singletask-v0"
+    nets = jax.tree.map(lambda x: x[0], qgf.init_states((S, 0, A), cfg).target)
+    multiprocessing.set_forkserver_preload(["ogbench.manipspace", "optax", "scipy.stats"])
+    envs = qgf.AsyncVectorEnv([partial(qgf.Chunks, env_id, H, qgf.SLOTS)] * qgf.CORES, context="forkserver",
+                              autoreset_mode=qgf.AutoresetMode.DISABLED)
+    alone, rng = qgf.Chunks(env_id, H), np.random.default_rng(0)
+    for _ in range(3):
         start = time.perf_counter()
-        try:
-            return super().step(action)
-        finally:
-            Stopwatch.spent += time.perf_counter() - start
-
-
-def rollout(folder):
-    states, record = qgf.load_run(Path(folder), {})
-    cfg = qgf.Config(**record["config"])
-    _, short, env_id, _, _ = qgf.find_task(cfg.env, cfg.goal)
-    nets = qgf.nets_by_run(states, short, cfg)
-    jobs = [qgf.Job(next(iter(nets)), m, w, i) for m, w in (("bc", 0.0), ("qgf", 0.03)) for i in range(80)]
-    for i in range(qgf.SLOTS):
-        qgf.slot(env_id, cfg.goal, i)["env"] = Stopwatch(qgf.make_env(env_id, cfg.goal))
-
-    def here(commands):  # a process of `rollout` that is this one
-        future = qgf.Future()
-        future.set_result(qgf.act(env_id, cfg.goal, commands))
-        return future
-
-    with qgf.simulators(env_id, cfg.goal) as processes:
-        qgf.rollout(nets, processes, jobs, cfg, "starting")
-        for _ in range(3):
-            Stopwatch.spent, start = 0.0, time.perf_counter()
-            n = sum(e.length for e in qgf.rollout(nets, processes, jobs, cfg, "all processes"))
-            rate = n / (time.perf_counter() - start)
-            alone = (
-                sum(e.length for e in qgf.rollout(nets, [here], jobs, cfg, "one process")) / Stopwatch.spent
-            )
-            print(
-                f"{rate:.0f} steps/s, one process in env.step alone {alone:.0f}, ratio {rate / alone:.2f}"
-            )
+        rate = qgf.rollout(envs, nets, 0.0, "bc", cfg)[:, 2].sum() / (time.perf_counter() - start)
+        alone.reset(seed=0)
+        start, steps = time.perf_counter(), 0
+        for _ in range(40):
+            steps += alone.step(rng.uniform(-1, 1, (1, H, A)))[4]["length"][0]
+        single = steps / (time.perf_counter() - start)
+        print(f"{rate:.0f} steps/s, env.step in one process {single:.0f}, ratio {rate / single:.2f}", flush=True)
+    envs.close(terminate=True)
 
 
 if __name__ == "__main__":
-    dict(updates=updates, seeds=seeds, slices=slices, rollout=rollout)[sys.argv[1]](*sys.argv[2:])
+    dict(updates=updates, seeds=seeds, cost=cost, rollout=rollout)[sys.argv[1]](*sys.argv[2:])

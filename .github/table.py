@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: MIT
+"""All results in a folder: a table for each family of tasks, its runs being tasks and seeds of training.
+
+    PYTHONPATH=. python .github/table.py runs
+    PYTHONPATH=. python .github/table.py runs qgf      gains over qgf (at λ = 0.1) instead of bc
+"""
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+
+import qgf
+
+
+def families(folder):
+    """{family: {run (environment, seed of training): {(method, λ, w): (episodes, 4)}}}, after a run's most updates."""
+    found = {}
+    for path in sorted(Path(folder).glob("**/episodes.csv")):
+        name = path.parent.relative_to(folder).with_name(re.sub(r"(-task\d)?-s\d+$", "", path.parent.name))
+        lines = [line.split(",") for line in path.read_text().split()[1:]]
+        if lines and len(lines[0]) != 10:
+            raise SystemExit(f"{path} was written by another version of qgf.py")
+        runs = list(dict.fromkeys((line[0], line[1]) for line in lines))
+        results = qgf.read_results(path, len(runs))
+        newest = max(updates for updates, *_ in results)
+        for k, run in enumerate(runs):
+            rows = {key[1:]: row[k] for key, row in results.items() if key[0] == newest}
+            found.setdefault(str(name), {}).setdefault(run, {}).update(rows)
+    return found
+
+
+def main(folder, base="bc"):
+    found = families(folder)
+    if not found:
+        raise SystemExit(f"{folder} holds no results: a run's folder has an episodes.csv once it was evaluated")
+    for name, runs in found.items():
+        rows = {}
+        for key in dict.fromkeys(key for run in runs.values() for key in run):
+            mine = [run[key] for run in runs.values() if key in run]
+            n = min(len(x) for x in mine)  # all begin with the same episodes
+            rows[key] = np.stack([x[:n] for x in mine])
+        if base != "bc":  # `table` compares with bc
+            swap = next(key for key in rows if key[0] == base and key[1] in (0.0, 0.1))
+            rows = {("bc", 0.0, 0.0): rows.pop(swap)} | {k: v for k, v in rows.items() if k[0] != "bc"}
+        print(f"\n{name}: {len(runs)} run{'s' * (len(runs) > 1)}", *qgf.table(rows), sep="\n")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
