@@ -733,7 +733,7 @@ def settings(given, name, folder, record, step):
 def main(argv=None):
     """A whole run, from the command line to the table: new, stopped and finished runs take the same way."""
     jax.config.update("jax_compilation_cache_dir", str(Path("~/.cache/qgf").expanduser()))
-    warnings.filterwarnings("ignore", message=".*DISPLAY|.*precision lowered")  # neither is wanted
+    warnings.filterwarnings("ignore", message=".*DISPLAY|.*precision lowered|.*Calling .close")  # expected
     os.environ["PYTHONWARNINGS"] = "ignore"  # the same, for worker processes
     given, states, record, metrics, step = parse(argv), None, {}, [], 0
     name, env_id, dataset = find_task(given.get("env", Config.env))

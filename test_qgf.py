@@ -45,7 +45,6 @@ def some_state(cfg=CFG, goals=0):
     state, rng = jax.tree.map(lambda x: x[0], qgf.init_states((S, goals, A), cfg)), np.random.default_rng(7)
     return state._replace(target=jax.tree.map(
         lambda x: x + np.float32(0.1 * rng.normal(size=x.shape)), state.target))
-
 def batch_of(cfg=CFG, data=DATA):
     return sample_batch(jax.random.PRNGKey(5), data, cfg)
 
@@ -64,17 +63,13 @@ def numpy_mlp(layers, x):
 def numpy_velocity(policy, s, a, t):
     angles = [[1e4 * ti * 1e4 ** (-k / 8) for k in range(8)] for ti in np.ravel(t)]
     return numpy_mlp(policy, np.concatenate([s, a, np.cos(angles), np.sin(angles)], axis=1))
-
 def numpy_q(critic, s, a):
     x = np.concatenate([s, a], axis=1)
     return np.array([numpy_mlp(jax.tree.map(lambda p: p[k], critic), x)[:, 0] for k in range(2)])  # noqa: B023
-
 def assert_same(a, b):
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
-
 def assert_close(a, b, **tolerance):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
-
 def changed(a, b):
     """The names in a dict of parameters that differ."""
     return {k for k in a if any((x != y).any() for x, y in zip(jax.tree.leaves(a[k]), jax.tree.leaves(b[k])))}
@@ -325,13 +320,10 @@ def sampling(B=6, N=1):
     rng = np.random.default_rng(3)
     s, a_0 = rng.normal(size=(B, S)), rng.normal(size=(B, N, CFG.horizon * A))
     return some_state().target, jnp.float32(s), jnp.float32(a_0)
-
 def sample(nets, s, a_0, w, method="qgf"):
     return qgf.sample_actions(nets, s, a_0, w, method, 5)[0]
-
 def closures(nets, s):
     return partial(qgf.q_min, nets["critic"], s), partial(qgf.velocity, nets["policy"], s)
-
 def numpy_end(nets, s, a, t, T=5):
     """The unguided flow from a at t, in float64 numpy."""
     for i in range(round(t * T), T):
@@ -485,7 +477,6 @@ def test_names_of_tasks_and_methods():
 class FakeEnv:
     """Enough of a Chunks for load_dataset."""
     sizes, envs = (S, 0, A), [types.SimpleNamespace(spec=gymnasium.spec("cube-single-singletask-v0"), unwrapped=None)]
-
 def write(path, **changes):
     raw = random_data()
     raw |= dict(terminals=np.arange(60) == raw.pop("ends")) | changes
@@ -670,17 +661,14 @@ def start(home, *args):
     command = [sys.executable, qgf.__file__, *SMALL, *map(str, args)]
     env = os.environ | dict(HOME=str(home))
     return subprocess.Popen(command, env=env, cwd=home, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
 def finish(home, *args):
     p = start(home, *args)
     out, err = p.communicate(timeout=200)
     assert p.returncode == 0, err
     return out
-
 def checkpoint(folder):
     with np.load(folder / "cube-single-s0/checkpoint.npz") as file:
         return dict(file)
-
 def episodes(folder):
     with open(folder / "episodes.csv") as file:
         return list(csv.DictReader(file))
@@ -701,11 +689,12 @@ def test_collected_data_has_the_form_of_ogbenchs(home):
 def whole(home):
     """A finished run. Beside it is `stopped`, which went as far through a Ctrl-C and a kill -9."""
     def until_training(p):
-        for line in p.stdout:
-            if line.startswith("data"):
-                return p
+        text = ""
+        while "training:" not in text and p.poll() is None:  # its progress bar, on however busy a machine
+            text += p.stderr.read(1)
+        return p
     stopped = until_training(start(home, "--updates", 10**6, "--out", "stopped"))
-    time.sleep(8)
+    time.sleep(5)
     stopped.send_signal(signal.SIGINT)
     _, err = stopped.communicate(timeout=120)
     assert stopped.returncode == 1 and "stopped at update" in err and "Traceback" not in err
@@ -737,7 +726,7 @@ def test_a_second_evaluation_adds_or_replaces_rows_and_needs_no_data(home, whole
     after = episodes(folder)
     names = [(r["method"], r["guidance"], r["weight"]) for r in after]
     assert [r for r in after if r["method"] == "qgf"] == [r for r in before if r["method"] == "qgf"]
-    assert names[2:][:0] == [] and names.count(("qfql", "0.0", "0.5")) == 3 and names.count(("bc", "0.0", "0.0")) == 3
+    assert names.count(("qfql", "0.0", "0.5")) == 3 and names.count(("bc", "0.0", "0.0")) == 3
     assert {r["updates"] for r in after} == {str(updates)} and len(after) == 2 + 3 + 3 * 3
     assert all(name in out for name in ("qgf ", "qgf@2", "bc@2", "qfql"))  # the table has them all
     starts = {r["episode"]: (r["return"], r["length"]) for r in before if r["method"] == "bc"}
@@ -763,7 +752,6 @@ def test_a_real_run_of_two_seeds_with_edp_goals_and_slices(home):
     metrics = np.genfromtxt(folder / "metrics.csv", delimiter=",", names=True)
     assert metrics["step"][-2:].tolist() == [2150, 2150] and metrics["seed"][-2:].tolist() == [0, 1]
     assert np.isfinite(metrics["q"]).all() and metrics["flow_loss"][-1] < metrics["flow_loss"][0]
-
 def main(whole, *args):
     return qgf.main(["--out", str(whole), *SMALL, *map(str, args)])
 
