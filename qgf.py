@@ -22,16 +22,13 @@ Left out to keep this short: RobustQ, CFGRL, pixels, online fine-tuning, experim
     python qgf.py --env cube-double --guidance 0.03 0.1 0.3    add other strengths of guidance to it
 """
 import argparse, difflib, json, math, os, re, shutil, signal, sys, time, warnings, zlib  # noqa: E401
-import multiprocessing.forkserver
+import http.client, importlib.metadata, multiprocessing.forkserver, urllib.request  # noqa: E401
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache, lru_cache, partial
-from http.client import HTTPException
-from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple, get_args
-from urllib.request import urlopen
 import gymnasium
 import jax
 import jax.numpy as jnp
@@ -56,6 +53,7 @@ class Config:
     seeds: int = option(1, "N", "train N seeds in this run: SEED, SEED + 1, ...")
     out: str = option("runs", "PATH", "folder of runs; this one is OUT/NAME-sSEED")
     data: str = option("", "PATH", "your own data: an .npz in OGBench's format, or a folder of such slices")
+    policy: str = option("", "RUN", "act with the flow of this finished run, a folder; train only the critic")
     collect: int = option(0, "N", "collect N transitions with OGBench's play policies instead of a download")
     methods: tuple[str, ...] = option(("qgf",), "NAME", "{methods}; NAME@4: best of 4 by Q", "evaluation")
     guidance: tuple[float, ...] = option((0.1,), "λ", "how hard Q pushes, relative to the flow; a row each")
@@ -68,6 +66,7 @@ class Config:
     depth: int = option(3, "N", "hidden layers in a network")
     horizon: int = option(5, "H", "actions in a chunk, judged and executed as one", "algorithm")
     denoise_steps: int = option(10, "T", "Euler steps from noise to action")
+    sparse: int = option(0, "0|1", "1: the reward is -1 until the task is solved, whatever the data say")
     discount: float = option(0.99, "γ", "discount per environment step")
     expectile: float = option(0.9, "τ", "expectile of V: .5 is the mean over the data's actions, 1 the best")
     long_horizon: int = option(0, "N", "h_c of DQC: above 0, a critic of chunks of N actions teaches Q")
@@ -125,8 +124,7 @@ def init_params(key, sizes, cfg):
     def two_critics(key, chunk):
         layers = [s_dim + g_dim + chunk, *critic_hidden, 1]
         return jax.vmap(lambda k: init_mlp(k, layers))(jax.random.split(key, 2))
-    params = dict(policy=flow(s_dim))  # blind to goals: the critic alone steers towards them
-    params["critic"] = two_critics(keys[1], chunk)
+    params = dict(policy=flow(s_dim), critic=two_critics(keys[1], chunk))  # the flow is blind to goals
     params["value"] = init_mlp(keys[2], [s_dim + g_dim, *critic_hidden, 1])
     if cfg.long_horizon:
         params["long_critic"] = two_critics(jax.random.fold_in(keys[1], 0), cfg.long_horizon * a_dim)
@@ -177,6 +175,7 @@ def init_states(sizes, cfg):
         key_params, key_run = jax.random.split(key)
         params = init_params(key_params, sizes, cfg)
         target = {k: params[k] for k in ("policy", "critic", "edp") if k in params}
+        params = {k: x for k, x in params.items() if k != "policy" or not cfg.policy}  # the lent one stays
         return State(params, target, optax.adam(cfg.lr).init(params), key_run, jnp.int32(0))
     states = [init(jax.random.PRNGKey(cfg.seed + k)) for k in range(cfg.seeds)]
     return jax.tree.map(lambda *x: jnp.stack(x), *states)
@@ -213,7 +212,7 @@ def update(state, batch, key, cfg):
     s, a, target = batch["observations"], batch["actions"], state.target
     def loss(p):
         losses = dict(
-            flow_loss=flow_matching_loss(p["policy"], batch, key, cfg),
+            flow_loss=0.0 if cfg.policy else flow_matching_loss(p["policy"], batch, key, cfg),
             critic_loss=dqc_loss(p, batch, cfg) if cfg.long_horizon
             else critic_loss(p["critic"], p["value"], batch),
             value_loss=value_loss(p["value"], target["critic"], batch, cfg),
@@ -221,10 +220,10 @@ def update(state, batch, key, cfg):
         )
         means = dict(q=q_values(p["critic"], s, a).mean(), v=value(p["value"], s).mean())
         return sum(losses.values()), losses | means
-
     grads, info = jax.grad(loss, has_aux=True)(state.params)
     steps, opt = optax.adam(cfg.lr).update(grads, state.opt)
-    target = optax.incremental_update({k: state.params[k] for k in target}, target, 0.005)
+    averaged = {k: x for k, x in state.params.items() if k in target}
+    target = target | optax.incremental_update(averaged, {k: target[k] for k in averaged}, 0.005)
     return State(optax.apply_updates(state.params, steps), target, opt, state.key, state.step + 1), info
 
 @partial(jax.jit, static_argnames=("n", "cfg"), donate_argnames="states")
@@ -285,7 +284,6 @@ def sample_actions(nets, s, a_0, w, method, T):
     def ascend(a, _):
         g = grad_q(q, a)
         return jnp.clip(a + w * g, -1, 1), jnp.mean(g**2)
-
     a, squares = jax.lax.scan(euler, a_0.reshape(B * N, D), jnp.arange(T))
     a = jnp.clip(a, -1, 1)
     if method == "gradstep":
@@ -333,7 +331,6 @@ def edp_loss(policy, target_critic, batch, key, cfg):
 # ==== The algorithm ends here. ==== 7 Data: your own file, OGBench's download, or its play policies =========
 DATA_DIR = Path("~/.ogbench/data").expanduser()
 MIRROR = "https://huggingface.co/datasets/zhouzypaul/ogbench_datasets/resolve/main"
-COLLECT = {"cube-single": 200_000, "puzzle-3x3": 300_000, "scene": 300_000}  # transitions; elsewhere 1M
 STACKING = dict(single=(0, 0), double=(0, 0.25), triple=(0.05, 0.35), quadruple=(0.1, 0.5), octuple=(0, 0.35))
 CORES = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), 16)
 progress = partial(tqdm, mininterval=0.2 if sys.stderr.isatty() else 30, dynamic_ncols=True)
@@ -354,14 +351,12 @@ def find_task(name):
 
 @contextmanager
 def atomic_write(path):
-    """Open a binary file that takes its name once it is whole and on the disk."""
+    """Open a binary file that takes its name once it is whole."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(part, "wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
@@ -370,13 +365,13 @@ def download(dataset, path):
     """Fetch OGBench's file from the first host that sends all of it. -> whether one did; prints why not"""
     for url in (f"{host}/{dataset}.npz" for host in (ogbench.utils.DATASET_URL, MIRROR)):
         try:
-            with urlopen(url, timeout=20) as response, atomic_write(path) as file:
+            with urllib.request.urlopen(url, timeout=20) as response, atomic_write(path) as file:
                 with tqdm.wrapattr(response, "read", total=response.length, desc=url) as blocks:
                     shutil.copyfileobj(blocks, file)
                 if response.length:  # bytes still to come
                     raise ConnectionError("the connection broke off")
             return True
-        except (OSError, HTTPException) as e:
+        except (OSError, http.client.HTTPException) as e:
             print(f"cannot download {url}: {e}", flush=True)
     return False
 
@@ -422,7 +417,7 @@ def play(base, episode, attempt=0):
 def find_dataset(cfg, dataset):
     """-> paths of the dataset, one file or many slices; downloads or collects it if need be."""
     base, data = dataset.removesuffix("-play-v0"), Path(cfg.data)
-    amount = cfg.collect or COLLECT.get(base, 1_000_000)
+    amount = cfg.collect or (200_000 if base == "cube-single" else 1_000_000)  # OGBench's have 1M
     official, collected = DATA_DIR / f"{dataset}.npz", DATA_DIR / f"{dataset}-collected-{amount}.npz"
     if cfg.data:
         return sorted(path for path in data.glob("*.npz") if not path.stem.endswith("-val")) or [data]
@@ -454,6 +449,7 @@ def load_dataset(path, env, R):
         elif "rewards" not in data:
             ogbench.relabel_utils.relabel_dataset(env_id, env.envs[0].unwrapped, data)
         data = dict(masks=np.ones(n)) | data
+        data |= dict(rewards=-data["masks"]) if env.sparse else {}
         data = {k: np.asarray(data[k], np.float32) for k in shapes}
     except Exception as e:  # whatever numpy, zipfile or OGBench say of a file that is not theirs
         raise UserError(f"{path} is missing, cut off, or no dataset of {env_id} ({e!r:.70})") from None
@@ -478,49 +474,48 @@ SLOTS, FIRST_EPISODE = 4, 2_000_000  # environments in a process; the seed of a 
 class Chunks(gymnasium.Env):
     """M of OGBench's environments in chunks: actions are (M, H, A); observations (M, S+G) end with goals.
     An episode's start, and which of OGBench's five goals it has, depend on its seed alone."""
-    def __init__(self, env_id, horizon, M=1, **options):
-        self.has_goal = "-singletask" not in env_id
+    def __init__(self, env_id, horizon, sparse=False, M=1, **options):
+        self.has_goal, self.sparse = "-singletask" not in env_id, sparse
         options |= dict(use_oracle_rep=True) if self.has_goal else {}
         self.make = partial(gymnasium.make, env_id, disable_env_checker=True, **options)
         self.envs, self.obs, self.goals = [self.make()], [None] * M, [None] * M  # `reset` makes the others
-        self.start(0, 0)
+        self.seeds, self.waiting, self.end = np.zeros(M, int), iter([0]), 1
+        self.start(0)
+        self.obs = self.obs[:1] * M
         a_dim, g_dim = self.envs[0].action_space.shape[0], len(self.goals[0])
         self.sizes = len(self.obs[0]) - g_dim, g_dim, a_dim  # S, G, A
         self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (M, len(self.obs[0])))
         self.action_space = gymnasium.spaces.Box(-1, 1, (M, horizon, a_dim))
-
-    def start(self, i, seed):
-        """Start episode `seed` in environment i."""
-        np.random.seed(seed)
-        self.envs[i].unwrapped.action_space.seed(seed)  # OGBench's reset draws from these two as well
-        ob, info = self.envs[i].reset(seed=seed, options=dict(task_id=1 + seed % 5))
-        self.goals[i] = info["goal"] if self.has_goal else []
-        self.obs[i] = [*ob, *self.goals[i]]
-
+    def start(self, i):
+        """Start the next episode in environment i; once there is none, its seed is `end`."""
+        self.seeds[i] = seed = next(self.waiting, self.end)
+        if seed < self.end:
+            np.random.seed(seed)
+            self.envs[i].unwrapped.action_space.seed(seed)  # OGBench's reset draws from these two as well
+            ob, info = self.envs[i].reset(seed=seed, options=dict(task_id=1 + seed % 5))
+            self.goals[i] = info["goal"] if self.has_goal else []
+            self.obs[i] = [*ob, *self.goals[i]]
     def reset(self, *, seed, options=None):
-        """Start episodes seed, seed + step, ... and, as they end, those `stride` later, if before `end`."""
-        M, self.options = len(self.obs), dict(step=1, stride=1, end=seed + 1) | (options or {})
-        self.envs += [self.make() for _ in range(M - len(self.envs))]
-        self.seeds = seed + self.options["step"] * np.arange(M)
-        for i in range(M):
-            self.start(i, int(self.seeds[i]))
-        return np.float32(self.obs), {}
-
+        """Play episodes seed, seed + step, ... < end: start the first M, and the others as those end."""
+        options = dict(step=1, end=seed + 1) | (options or {})
+        self.end, self.waiting = options["end"], iter(range(seed, options["end"], options["step"]))
+        self.envs += [self.make() for _ in self.obs[len(self.envs) :]]
+        for i in range(len(self.envs)):
+            self.start(i)
+        return np.float32(self.obs), dict(seed=self.seeds.copy())
     def step(self, chunks):
-        """Execute a chunk in each environment, or what its episode leaves of it, and start what follows."""
-        ret, length, success, over = np.zeros((4, len(self.envs)))
-        for i in np.flatnonzero(self.seeds < self.options["end"]):
+        """Execute a chunk in each environment. -> as reward (M, 3): added success, return and length, ..."""
+        results = np.zeros((len(self.envs), 3))
+        for i in np.flatnonzero(self.seeds < self.end):
             for action in chunks[i]:
-                ob, reward, ended, cut, info = self.envs[i].step(action)
-                ret[i], length[i], success[i] = ret[i] + reward, length[i] + 1, info["success"]
-                over[i] = ended or cut
-                if over[i]:
+                ob, reward, ended, cut, info = self.envs[i].step(action)  # it ends where the task is solved
+                results[i] += info["success"], info["success"] - 1 if self.sparse else reward, 1
+                if ended or cut:
                     break
             self.obs[i] = [*ob, *self.goals[i]]
-            self.seeds[i] += over[i] * self.options["stride"]
-            if over[i] and self.seeds[i] < self.options["end"]:
-                self.start(i, int(self.seeds[i]))
-        return np.float32(self.obs), ret, over, over, dict(success=success, length=length)
+            if ended or cut:
+                self.start(i)
+        return np.float32(self.obs), results, False, False, dict(seed=self.seeds.copy())
 
 def parse_method(text):
     """qgf@4 -> qgf, 4."""
@@ -534,19 +529,17 @@ def rollout(envs, nets, w, method, cfg):
     """Play cfg.episodes episodes. -> (episodes, 3): success, return, length. Start and noise of each depend
     on its seed alone, so the rows of a table are paired, episode by episode."""
     (name, N), (P, M, H, A) = parse_method(method), envs.action_space.shape
-    seeds, end = FIRST_EPISODE + np.arange(M * P).reshape(M, P).T.ravel(), FIRST_EPISODE + cfg.episodes
-    rngs, results = [np.random.default_rng(int(seed)) for seed in seeds], np.zeros((cfg.episodes, 3))
-    obs, _ = envs.reset(seed=seeds[::M].tolist(), options=dict(step=P, stride=M * P, end=end))  # (P, M, S+G)
-    while (seeds < end).any():
-        noise = np.float32([rng.standard_normal((N, H * A)) for rng in rngs])  # (P*M, N, H*A)
+    first, end = FIRST_EPISODE, FIRST_EPISODE + cfg.episodes
+    rngs = [np.random.default_rng(seed) for seed in range(first, end + 1)]  # the last for those that wait
+    results = np.zeros((len(rngs), 3))
+    obs, info = envs.reset(seed=[first + p for p in range(P)], options=dict(step=P, end=end))
+    while (info["seed"] < end).any():
+        which = info["seed"].ravel() - first  # (P*M,)
+        noise = np.float32([rngs[i].standard_normal((N, H * A)) for i in which])  # (P*M, N, H*A)
         actions, _ = sample_actions(nets, obs.reshape(P * M, -1), noise, w, name, cfg.denoise_steps)
-        obs, ret, over, _, info = envs.step(np.reshape(actions, (P, M, H, A)))
-        played, new = seeds < end, np.stack([info["success"], ret, info["length"]], axis=2)  # (P, M, 3)
-        results[seeds[played] - FIRST_EPISODE] += new.reshape(P * M, 3)[played]
-        for i in np.flatnonzero(played & over.ravel()):
-            seeds[i] += M * P
-            rngs[i] = np.random.default_rng(int(seeds[i]))
-    return results
+        obs, new, _, _, info = envs.step(np.reshape(actions, (P, M, H, A)))
+        np.add.at(results, which, new.reshape(P * M, 3))
+    return results[:-1]
 
 def read_results(path, seeds):
     """episodes.csv -> {(updates, method, λ, w if λ is 0): (seeds, episodes, (w, success, return, length))}"""
@@ -558,21 +551,20 @@ def read_results(path, seeds):
     return {key: np.reshape(row, (seeds, -1, 4)) for key, row in rows.items()}
 
 def evaluate(states, probe, env_id, path, cfg):
-    """Play every row that cfg asks for; add each, once complete, to episodes.csv at `path`. There it replaces
-    the same row of as many updates; all others stay. -> what `read_results` gives"""
+    """Play the rows that cfg asks for; each goes into episodes.csv at once. -> what `read_results` gives"""
     nets = [jax.tree.map(lambda x: x[k], states.target) for k in range(cfg.seeds)]  # noqa: B023
     a_0 = jax.random.normal(jax.random.PRNGKey(0), (len(probe), 1, nets[0]["policy"][-1]["b"].size))
     strengths = [(g, 0.0) for g in cfg.guidance] + [(0.0, w) for w in cfg.weights]
     rows = [(m, *x) for m in dict.fromkeys(("bc", *cfg.methods))
             for x in ([(0.0, 0.0)] if parse_method(m)[0] in ("bc", "edp") else strengths)]
-    envs = AsyncVectorEnv([partial(Chunks, env_id, cfg.horizon, SLOTS)] * CORES, context="forkserver",
-                          autoreset_mode=AutoresetMode.DISABLED)
+    make = partial(Chunks, env_id, cfg.horizon, cfg.sparse, SLOTS)
+    envs = AsyncVectorEnv([make] * CORES, context="forkserver", autoreset_mode=AutoresetMode.DISABLED)
     for method, guidance, weight in progress(rows, "evaluating", unit=" rows"):
         results, row, (name, _) = read_results(path, cfg.seeds), [], parse_method(method)
         for net in nets:  # each seed of training has its own w
             w = relative_weight(guidance, net, probe, a_0, name, cfg.denoise_steps) if guidance else weight
             row.append([(w, *episode) for episode in rollout(envs, net, w, method, cfg).tolist()])
-        results[int(states.step[0]), method, guidance, weight] = np.array(row)  # (seeds, episodes, 4)
+        results[int(states.step[0]), method, guidance, weight] = np.array(row)  # all other rows stay
         lines = ["env,seed,episode,updates,method,guidance,weight,success,return,length".split(",")]
         lines += [(cfg.env, cfg.seed + k, i, *key[:3], *x[k, i].tolist())
                   for key, x in results.items() for k, i in np.ndindex(x.shape[:2])]
@@ -582,15 +574,13 @@ def evaluate(states, probe, env_id, path, cfg):
     return results
 
 def interval(x):
-    """95 % interval of the mean of x (runs, episodes): draws runs, then episodes of each, with replacement.
-    It draws one run less than there are: as many would give (n - 1)/n of the variance between n runs."""
-    (K, n), rng, m = x.shape, np.random.default_rng(0), max(len(x) - 1, 1)
+    """95% interval of the mean of x (runs, episodes): draws runs, then episodes of each, with replacement."""
+    (K, n), rng, m = x.shape, np.random.default_rng(0), max(len(x) - 1, 1)  # K runs would vary too little
     run, episode = rng.integers(K, size=(2000, m, 1)), rng.integers(n, size=(2000, m, n))
     return np.percentile(x[run, episode].mean(axis=(1, 2)), (2.5, 97.5))
 
 def table(rows):
-    """{(method, λ, w): (runs, episodes, 4)} -> lines of text, the last of which says whether guidance helped.
-    Gains are paired by episode: over bc or, marked *, that of NAME@4 over bc@4."""
+    """{(method, λ, w): (runs, episodes, 4)} -> lines of text. Gains are paired; one marked * is over bc@N."""
     lines, verdict = [f"{'method':18}{'λ':>6}{'w':>9}{'n':>6}  {'success':18}{'return':>7}  gain over bc"], []
     for (method, guidance, _), row in rows.items():
         (name, N), (w, won, ret, _) = parse_method(method), np.moveaxis(row, 2, 0)  # each (runs, episodes)
@@ -631,22 +621,29 @@ def save(folder, states, record, metrics):
 def load(path):
     """checkpoint.npz -> States, record, metrics; UserError if it is not whole, or of another version."""
     try:
-        with np.load(path) as file:
-            arrays = dict(file)
+        arrays = dict(np.load(path))
         record = json.loads(str(arrays["record"]))
         states = jax.eval_shape(lambda: init_states(record["sizes"], Config(**record["config"])))
         leaves = [jnp.asarray(arrays[f"arr_{i}"]) for i in range(len(jax.tree.leaves(states)))]
         return jax.tree.unflatten(jax.tree.structure(states), leaves), record, arrays["metrics"].tolist()
     except Exception as e:
-        raise UserError(f"{path} is no whole checkpoint ({e}): move it away to start again") from None
+        raise UserError(f"{path} is no whole checkpoint ({e}): move it away or give another folder") from None
+
+def lend(run, dataset):
+    """The flow of a finished run that acts in the same environment. -> dict of that policy, what it fixes"""
+    states, record, _ = load(Path(run) / "checkpoint.npz")
+    config, step = record["config"], states.step[0]
+    if find_task(config["env"])[2] != dataset or step < config["updates"]:
+        raise UserError(f"--policy {run}: update {step} in {config['env']}; give a finished run of {dataset}")
+    fixed = {k: config[k] for k in ("seeds", "width", "depth", "horizon", "denoise_steps")}
+    return dict(policy=states.target["policy"]), fixed
 
 def learn(states, record, metrics, paths, load_slice, folder, cfg):
-    """Train to cfg.updates, or to the first Ctrl-C; save each minute and at the end. -> States. Slices of the
-    data take turns of SWAP updates, while a thread loads the next one."""
+    """Train to cfg.updates, or to the first Ctrl-C; save each minute and at the end. -> States"""
     step, saved, stop, coming = int(states.step[0]), time.monotonic(), [], None
     old = signal.signal(signal.SIGINT, lambda *_: stop.append(signal.signal(signal.SIGINT, old)))
     bar = progress(total=cfg.updates, initial=step, desc="training", unit=" updates")
-    with bar, ThreadPoolExecutor(1) as thread:
+    with bar, ThreadPoolExecutor(1) as thread:  # it loads the next slice, while this one trains SWAP updates
         while step < cfg.updates and not stop:
             if coming is None or step % SWAP == 0:
                 data = coming.result() if coming else load_slice(paths[step // SWAP % len(paths)])
@@ -667,17 +664,17 @@ def learn(states, record, metrics, paths, load_slice, folder, cfg):
     return states
 
 # ---- 10 main -----------------------------------------------------------------------------------------------
-FAMILY = {  # where the defaults of Config do not serve
-    # a wide flow, since a narrow one grips beside the cubes; with a narrower critic there is time for it
+FAMILY = {  # where Config's defaults do not serve; a narrow flow grips beside cube-double's cubes
     "cube-double": dict(updates=300_000, lr=3e-4, width=512, depth=4, critic_width=256, episodes=100),
-    "scene": dict(updates=40_000, lr=5e-4), "cube-single-goal": dict(updates=20_000, episodes=100),
+    "scene": dict(updates=50_000, lr=5e-4, width=512, depth=4, critic_width=256, sparse=1),
+    "cube-single-goal": dict(updates=20_000, episodes=100),
     "puzzle-3x3-goal": dict(updates=40_000, lr=5e-4, episodes=100, long_horizon=25),
 }
 ALIASES = dict(epochs="updates", steps="updates", gamma="discount", tau="expectile", task="env")
 
 def read_option(f, words):
     """Words typed for a field -> its value: 1e5 -> 100000; for a tuple, 0.03,0.1 0.3 -> (0.03, 0.1, 0.3)."""
-    low, high = 0 if f.default == 0 else 1e-9, 1 if f.name in ("discount", "expectile", "kappa") else 2e9
+    low, high = 1e-9 * (f.default != 0), 1 if f.name in ("sparse", "discount", "expectile", "kappa") else 2e9
     many, kind = get_args(f.type), (*get_args(f.type), f.type)[0]
     words = [x for word in words for x in word.split(",") if x] if many else [words]
     with suppress(ValueError, OverflowError):
@@ -701,7 +698,8 @@ def parse(argv):
         many, help = get_args(f.type), f.metadata["help"].format(methods=", ".join((*GUIDANCE, *UNGUIDED)))
         default = " ".join(map(str, f.default)) if many else f.default
         help += f" [{default}]" * (default not in ("", 0))
-        group.add_argument(name, metavar=f.metadata["metavar"], nargs="+" if many else None, help=help)
+        how = dict(nargs="+") if many else dict(nargs="?", const="1") if f.name == "sparse" else {}
+        group.add_argument(name, metavar=f.metadata["metavar"], help=help, **how)
     given, unknown = parser.parse_known_args(argv)
     for word in unknown:
         near = difflib.get_close_matches(f"--{ALIASES.get(word[2:], word[2:])}", names, 1)
@@ -713,21 +711,22 @@ def flags(settings):
     words = ((k, " ".join(map(str, v)) if isinstance(v, tuple) else v) for k, v in settings.items())
     return " ".join(f"--{k.replace('_', '-')} {v}" for k, v in words)
 
-def settings(given, name, folder, record, step):
+def settings(given, name, source, saved, step):
     """The Config of a run: what is given, else what the saved run has, else its family's defaults."""
-    own = ("methods", "guidance", "weights", "episodes")  # each call asks for its own rows
-    saved = {k: v for k, v in record.get("config", {}).items() if k not in own}
+    saved = {k: v for k, v in saved.items() if k not in ("methods", "guidance", "weights", "episodes")}
     differ = {k: v for k, v in saved.items() if k not in ("env", "out", "updates") and given.get(k, v) != v}
     if differ:
-        raise UserError(f"{folder} holds a run with {flags(differ)}: ask for that, or another --out")
+        raise UserError(f"{source} holds a run with {flags(differ)}: ask for that, or another folder")
     strength = dict(guidance=()) if "weights" in given else {}
     cfg = Config(**FAMILY.get(re.sub(r"-task\d$", "", name), {}) | saved | strength | given | dict(env=name))
     if cfg.updates < step:
-        raise UserError(f"{folder} has {step} updates already: give as many or more, or another --out")
+        raise UserError(f"{source} has {step} updates already: give as many or more, or another --out")
     if "edp" in [parse_method(m)[0] for m in cfg.methods] and not cfg.edp:
         raise UserError("edp is a policy of its own, which this run does not train: train one with --edp 100")
     if 0 < cfg.long_horizon < cfg.horizon:
         raise UserError(f"--long-horizon {cfg.long_horizon} is shorter than --horizon {cfg.horizon}")
+    if "data" in given and not Path(cfg.data).exists():
+        raise UserError(f"--data {cfg.data} does not exist")
     return cfg
 
 def main(argv=None):
@@ -741,7 +740,8 @@ def main(argv=None):
     if (folder / "checkpoint.npz").exists():
         states, record, metrics = load(folder / "checkpoint.npz")
         step = int(states.step[0])
-    cfg = settings(given, name, folder, record, step)
+    lent, fixed = lend(given["policy"], dataset) if "policy" in given and not record else ({}, {})
+    cfg = settings(given, name, folder if record else given.get("policy"), record.get("config", fixed), step)
     changed = {k: v for k, v in asdict(cfg).items() if k == "env" or v != getattr(Config, k)}
     print(f"run     {env_id}, seed {cfg.seed}, in {folder}\noptions {flags(changed)}\n"
           f"device  {jax.devices()[0].device_kind}, {CORES} CPU cores, jax {jax.__version__}", flush=True)
@@ -750,7 +750,7 @@ def main(argv=None):
     multiprocessing.forkserver.ensure_running()
     signal.signal(signal.SIGINT, handler)
     if step < cfg.updates:
-        paths, env = find_dataset(cfg, dataset), Chunks(env_id, cfg.horizon)
+        paths, env = find_dataset(cfg, dataset), Chunks(env_id, cfg.horizon, cfg.sparse)
         load_slice = lru_cache(maxsize=1)(partial(load_dataset, env=env, R=cfg.long_horizon or cfg.horizon))
         data = load_slice(paths[0])
         mark = [zlib.crc32(np.asarray(data[k])) for k in ("observations", "actions", "rewards", "masks")]
@@ -758,14 +758,14 @@ def main(argv=None):
             raise UserError(f"{folder} was trained on other data than {paths[0]}: choose another --out")
         words = "any goal" if env.has_goal else f"solved in {np.mean(data['masks'] == 0):.2%} of the rows"
         words += ". WARNING: never solved, Q learns nothing" * bool(not env.has_goal and data["masks"].all())
-        print(f"data    {paths[0]}, first of {len(paths)}: {len(data['ends']):,} rows, "
-              f"{len(np.unique(data['ends'])):,} trajectories, {words}", flush=True)
+        print(f"data    {paths[0]}, first of {len(paths)}: {len(data['ends']):,} rows, {words}", flush=True)
         if not record:
             states = init_states(env.sizes, cfg)
+            states.target.update(lent)
             batch = sample_batch(jax.random.PRNGKey(cfg.seed), data, replace(cfg, batch_size=PROBE))
-            probe = batch["observations"].tolist()
-            record = dict(sizes=env.sizes, data_crc=mark, probe=probe)
-            record["versions"] = {p: version(p) for p in ("jax", "optax", "numpy", "ogbench", "mujoco")}
+            record = dict(sizes=env.sizes, data_crc=mark, probe=batch["observations"].tolist())
+            packages = ("jax", "optax", "numpy", "ogbench", "gymnasium", "mujoco")
+            record["versions"] = {p: importlib.metadata.version(p) for p in packages}
         record["config"] = asdict(cfg)
         del data  # a slice has to go when the next one comes
         states = learn(states, record, metrics, paths, load_slice, folder, cfg)

@@ -182,27 +182,25 @@ def test_each_loss_reaches_its_own_network_and_the_averages_take_in_the_old_ones
     old = {k: state.params[k] for k in ("policy", "critic")}
     averaged = jax.tree.map(lambda new, average: 0.005 * new + 0.995 * average, old, state.target)
     assert_close(together.target, averaged, rtol=1e-5, atol=1e-7)
-
-def test_the_averages_are_what_acts_and_start_as_copies():
-    fresh = jax.tree.map(lambda x: x[0], qgf.init_states((S, 0, A), replace(CFG, edp=1.0)))
+    fresh = qgf.init_states((S, 0, A), replace(CFG, edp=1.0))
     assert_same(fresh.target, {k: fresh.params[k] for k in ("policy", "critic", "edp")})
-    nets, s, a_0 = sampling()
-    moved = nets | dict(policy=jax.tree.map(lambda x: 1.1 * x, nets["policy"]))
-    assert (sample(nets, s, a_0, 0.1) != sample(moved, s, a_0, 0.1)).any()
 
 # ---- batches and goals -------------------------------------------------------------------------------------
-def test_chunks_stay_in_one_trajectory_and_returns_stop_at_success():
+@pytest.mark.parametrize("sparse", [False, True])
+def test_chunks_stay_in_one_trajectory_and_returns_stop_at_success(tmp_path, monkeypatch, sparse):
     raw, H = random_data(), CFG.horizon
+    monkeypatch.setattr(FakeEnv, "sparse", sparse)
+    data = qgf.load_dataset(write(tmp_path / "d.npz"), FakeEnv, H)
     starts = [i for i in range(60) if i + H < 60 and raw["ends"][i] == raw["ends"][i + H]]
     starts = sorted([*starts, 27 - H])  # rows 7 to 26 end with a success, and need no state after that
-    assert DATA["starts"][: DATA["n_starts"]].tolist() == starts
-    batch, drawn = jax.device_get(sample_batch(KEY, DATA, replace(CFG, batch_size=500))), set()
+    assert data["starts"][: data["n_starts"]].tolist() == starts
+    batch, drawn = jax.device_get(sample_batch(KEY, data, replace(CFG, batch_size=500))), set()
     for k in range(500):
         i = int(np.flatnonzero((raw["observations"] == batch["observations"][k]).all(axis=1))[0])
         drawn.add(i)
         ret, discount = 0.0, CFG.discount**H
         for j in range(H):
-            ret += CFG.discount**j * raw["rewards"][i + j]
+            ret += CFG.discount**j * (-raw["masks"] if sparse else raw["rewards"])[i + j]
             if raw["masks"][i + j] == 0:
                 discount = 0.0
                 break
@@ -318,8 +316,8 @@ def test_the_gradients_point_the_right_way(toy):
 # ---- guidance ----------------------------------------------------------------------------------------------
 def sampling(B=6, N=1):
     rng = np.random.default_rng(3)
-    s, a_0 = rng.normal(size=(B, S)), rng.normal(size=(B, N, CFG.horizon * A))
-    return some_state().target, jnp.float32(s), jnp.float32(a_0)
+    s, a_0 = (jnp.float32(rng.normal(size=size)) for size in ((B, S), (B, N, CFG.horizon * A)))
+    return some_state().target, s, a_0
 def sample(nets, s, a_0, w, method="qgf"):
     return qgf.sample_actions(nets, s, a_0, w, method, 5)[0]
 def closures(nets, s):
@@ -380,8 +378,7 @@ def test_every_method_is_its_plain_loop_and_best_of_2(method):
     assert 0 < best.sum() < 6  # either candidate is the better one somewhere
     got = sample(nets, s, a_0, 0.1, method)
     np.testing.assert_allclose(got, np.array(candidates)[best, np.arange(6)], atol=1e-4)
-    if method != "bc":
-        assert (abs(got - sample(nets, s, a_0, 0.0)).max(axis=1) > 1e-3).all()
+    assert method == "bc" or (abs(got - sample(nets, s, a_0, 0.0)).max(axis=1) > 1e-3).all()
 
 @pytest.mark.parametrize("method", [*qgf.GUIDANCE, "gradstep"])
 def test_relative_weight_for_a_linear_critic_is_a_closed_form(monkeypatch, method):
@@ -476,6 +473,7 @@ def test_names_of_tasks_and_methods():
 
 class FakeEnv:
     """Enough of a Chunks for load_dataset."""
+    sparse = False
     sizes, envs = (S, 0, A), [types.SimpleNamespace(spec=gymnasium.spec("cube-single-singletask-v0"), unwrapped=None)]
 def write(path, **changes):
     raw = random_data()
@@ -483,11 +481,13 @@ def write(path, **changes):
     np.savez(path, **{k: v for k, v in raw.items() if v is not None})
     return path
 
-def test_a_file_with_rewards_is_used_as_it_is(tmp_path):
-    loaded = qgf.load_dataset(write(tmp_path / "d.npz"), FakeEnv, CFG.horizon)
-    assert_same(loaded, {k: DATA[k] for k in loaded})
-    assert loaded.keys() == DATA.keys()
-    assert (qgf.load_dataset(write(tmp_path / "d.npz", masks=None), FakeEnv, 3)["masks"] == 1).all()
+def test_a_sparse_return_counts_the_steps_until_the_task_is_solved(monkeypatch):
+    for sparse, want in ((False, -21), (True, -2)):  # two steps that fail, and one that solves the task
+        env = qgf.Chunks("cube-single-singletask-v0", 5, sparse)
+        env.reset(seed=0)
+        steps = iter([(np.zeros(28), -7.0, i == 2, False, dict(success=i == 2)) for i in range(3)])
+        monkeypatch.setattr(env.envs[0].unwrapped, "step", lambda action: next(steps))  # noqa: B023
+        assert env.step(np.zeros((1, 5, 5)))[1].tolist() == [[1, want, 3]]
 
 @pytest.mark.parametrize("changes, words", [
     (dict(actions=np.zeros((60, 3))), "`actions` has shape (60, 3)"),
@@ -513,6 +513,7 @@ def test_missing_truncated_and_unreadable_datasets_are_refused(tmp_path):
             qgf.load_dataset(tmp_path / f"{name}.npz", FakeEnv, 3)
     with pytest.raises(qgf.UserError, match="--horizon"):
         qgf.load_dataset(tmp_path / "whole.npz", FakeEnv, 40)
+    assert (qgf.load_dataset(write(tmp_path / "d.npz", masks=None), FakeEnv, 3)["masks"] == 1).all()
 
 def test_download_takes_the_second_host_and_leaves_nothing_half_written(tmp_path, monkeypatch, capsys):
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -590,56 +591,28 @@ def test_goals_in_data_are_those_that_the_environment_gives(env_id, tmp_path):
     np.savez(tmp_path / "two.npz", observations=[seen["ob"]] * 2, actions=np.zeros((2, 5)), terminals=[0, 1], **two)
     np.testing.assert_allclose(qgf.load_dataset(tmp_path / "two.npz", env, 1)["goals"], [goal] * 2, atol=1e-5)
 
-def test_episodes_depend_on_their_seed_alone_and_follow_each_other():
-    env, one = qgf.Chunks("cube-single-v0", 5, 2), qgf.Chunks("cube-single-v0", 5)
-    obs, _ = env.reset(seed=13, options=dict(step=2, stride=4, end=18))  # 13 and 17 in one, 15 in the other
-    assert obs.shape == (2, 28 + 3) and env.sizes == (28, 3, 5)  # the goal, a cube's position, is at the end
-    rng, chunks, lengths = np.random.default_rng(0), [], np.zeros(3)
-    starts = {13: obs[0], 15: obs[1]}
-    while env.seeds[0] < 17:
-        chunks.append(rng.uniform(-1, 1, (2, 5, 5)))
-        obs, ret, over, _, info = env.step(chunks[-1])
-        lengths[:2] += info["length"]
-        last = np.array(ret)
-    assert lengths.tolist() == [200, 200, 0] and env.seeds.tolist() == [17, 19] and over.all()
-    starts[17], ended = obs[0], obs[1]
-    obs, ret, over, _, info = env.step(chunks[0])
-    assert info["length"].tolist() == [5, 0] and ret[1] == 0 and not over[1]  # the other one has no more to play
-    np.testing.assert_array_equal(obs[1], ended)
-    for seed, start in starts.items():
-        np.testing.assert_array_equal(one.reset(seed=seed)[0][0], start)
-    assert (starts[13][28:] != starts[15][28:]).any()  # goals 4 and 1
-    one.reset(seed=15)
-    for chunk in chunks:  # alone, the episode is the same
-        _, ret, over, _, _ = one.step(chunk[1:])
-    assert over[0] and ret[0] == last[1]
-
-def test_rollout_plays_every_episode_once_and_pairs_rows_by_seed(monkeypatch):
-    """Two processes of three environments; episode `seed` ends after 1 + seed % 3 chunks, and wins if it is even."""
-    noises = {}
-    class Fake:
-        action_space = gymnasium.spaces.Box(-1, 1, (2, 3, 3, A))
-        def reset(self, seed, options):
-            self.seeds = np.array([[s + j * options["step"] for j in range(3)] for s in seed])
-            self.options, self.k = options, np.zeros((2, 3), int)
-            return np.zeros((2, 3, S)), {}
-        def step(self, actions):
-            live = self.seeds < self.options["end"]
-            for p, j in np.argwhere(live):
-                noises.setdefault((self.seeds[p, j], self.k[p, j]), []).append(actions[p, j].tobytes())
-            over = live & (self.k == self.seeds % 3)
-            info = dict(success=1.0 * (over & (self.seeds % 2 == 0)), length=1.0 * live)
-            self.k = np.where(over, 0, self.k + 1)
-            self.seeds = self.seeds + over * self.options["stride"]
-            return np.zeros((2, 3, S)), -1.0 * live, over, over, info
-    monkeypatch.setattr(qgf, "sample_actions", lambda nets, s, a_0, w, method, T: (a_0[:, -1], None))
-    for method in ("bc", "qgf"):
-        x = qgf.rollout(Fake(), None, 0.1, method, replace(CFG, episodes=17))
-    seeds = qgf.FIRST_EPISODE + np.arange(17)
-    np.testing.assert_array_equal(x, np.transpose([seeds % 2 == 0, -1 - seeds % 3, 1 + seeds % 3]))
-    assert set(noises) == {(s, k) for s in seeds for k in range(1 + s % 3)}
-    assert all(len(v) == 2 and len(set(v)) == 1 for v in noises.values())  # the same for both methods
-    assert len({v[0] for v in noises.values()}) == len(noises)  # and no noise is used twice
+def test_rollout_plays_every_episode_once_and_as_if_it_were_alone(monkeypatch):
+    """Two processes (here in one) of two environments each; actions are noise and state, rewards tell them apart."""
+    monkeypatch.setattr(qgf, "sample_actions", lambda nets, s, a_0, w, method, T: (0.5 * a_0[:, -1] + s[:, -1:], None))
+    pair, one = [qgf.Chunks("cube-single-v0", 5, M=2) for _ in range(2)], qgf.Chunks("cube-single-v0", 5)
+    monkeypatch.setattr(type(one.envs[0].unwrapped), "compute_reward", lambda self: self._data.qpos.sum())
+    both = lambda results: jax.tree.map(lambda *x: np.stack(x), *results)
+    envs = types.SimpleNamespace(
+        action_space=gymnasium.spaces.Box(-1, 1, (2, 2, 5, 5)),
+        reset=lambda seed, options: both([c.reset(seed=s, options=options) for c, s in zip(pair, seed)]),
+        step=lambda chunks: both([c.step(x) for c, x in zip(pair, chunks)]))
+    x, goals = qgf.rollout(envs, None, 0.1, "bc", replace(CFG, episodes=7)), set()
+    for i in range(7):
+        obs, info = one.reset(seed=qgf.FIRST_EPISODE + i)
+        rng, total = np.random.default_rng(qgf.FIRST_EPISODE + i), np.zeros(3)
+        goals.add(obs[0, 28:].tobytes())  # the goal, a cube's position, is at the end
+        while info["seed"][0] == qgf.FIRST_EPISODE + i:
+            chunk = 0.5 * np.float32(rng.standard_normal(25)) + obs[0, -1]
+            obs, new, _, _, info = one.step(chunk.reshape(1, 5, 5))
+            total += new[0]
+        np.testing.assert_array_equal(x[i], total)
+    assert one.sizes == (28, 3, 5) and (x[:, 2] == 200).all() and len(set(x[:, 1])) == 7
+    assert len(goals) == 5  # as OGBench has
 
 # ---- runs: the command line, on collected data, in the real simulator ----------------------------------------
 SMALL = "--collect 2000 --width 16 --depth 2 --batch-size 32 --episodes 2".split()
@@ -752,6 +725,19 @@ def test_a_real_run_of_two_seeds_with_edp_goals_and_slices(home):
     metrics = np.genfromtxt(folder / "metrics.csv", delimiter=",", names=True)
     assert metrics["step"][-2:].tolist() == [2150, 2150] and metrics["seed"][-2:].tolist() == [0, 1]
     assert np.isfinite(metrics["q"]).all() and metrics["flow_loss"][-1] < metrics["flow_loss"][0]
+def test_a_run_with_the_flow_of_another_trains_the_critic_alone_and_is_whole_by_itself(home, whole):
+    args = ["--env", "cube-single-goal", "--out", "lent", "--updates"]  # blind to goals, a flow serves them all
+    finish(home, *args, 110, "--policy", whole / "cube-single-s0", "--long-horizon", 25)
+    (whole / "cube-single-s0").rename(whole / "away")
+    assert "after 120 updates" in finish(home, *args, 120)
+    (whole / "away").rename(whole / "cube-single-s0")
+    folders = whole / "cube-single-s0", home / "lent/cube-single-goal-s0"
+    theirs, ours = (qgf.load(folder / "checkpoint.npz")[0] for folder in folders)
+    assert_same(theirs.target["policy"], ours.target["policy"])  # to the bit, after 120 averages
+    assert ours.params.keys() == {"critic", "long_critic", "value"}
+    inputs = [x.params["critic"][0]["w"].shape[2] for x in (theirs, ours)]
+    assert inputs[1] == inputs[0] + 3  # it sees the goal
+
 def main(whole, *args):
     return qgf.main(["--out", str(whole), *SMALL, *map(str, args)])
 
@@ -768,8 +754,13 @@ def main(whole, *args):
     (["--upd", "5"], "unknown option --upd"),
     (["--env"], "expected one argument"),
     (["--updates", "50"], "updates already"),
-    (["--data", "nowhere.npz", "--out", "other"], "nowhere.npz is missing"),
+    (["--data", "nowhere.npz", "--out", "other"], "nowhere.npz does not exist"),
     (["--data", "nowhere.npz"], "holds a run with --data"),
+    (["--sparse", "2"], "--sparse 2: give a whole number from 0, at most 1"),
+    (["--env", "scene", "--policy", "whole/cube-single-s0", "--out", "other"], "update .* in cube-single; give .* of scene"),
+    (["--env", "cube-single-task3", "--policy", "unfinished", "--out", "other"], "update .* finished run"),
+    (["--env", "cube-single-goal", "--policy", "whole/cube-single-s0", "--out", "other", "--horizon", "1"], "with --horizon 5"),
+    (["--env", "cube-single-task3", "--policy", "gone", "--out", "other"], "gone/checkpoint.npz is no whole"),
     (["--seeds", "2"], "holds a run with --seeds 1"),
     (["--width", "32"], "holds a run with --width 16"),
     (["--long-horizon", "3", "--out", "other"], "--long-horizon 3 is shorter than --horizon 5"),
@@ -780,14 +771,17 @@ def main(whole, *args):
 def test_a_users_mistake_gets_one_clear_line(home, whole, monkeypatch, args, words):
     monkeypatch.chdir(home)
     before = checkpoint(whole)
+    (home / "unfinished").mkdir(exist_ok=True)
+    more = dict(record=str(before["record"]).replace('"updates": ', '"updates": 1'))
+    np.savez(home / "unfinished/checkpoint.npz", **before | more)
     with pytest.raises(qgf.UserError, match=words) as e:
         main(whole, *args)
     assert len(str(e.value)) < 600 and "\n" not in str(e.value) and not (home / "other").exists()
     assert all((v == before[k]).all() for k, v in checkpoint(whole).items())
 
 def test_words_are_read_kindly():
-    given = qgf.parse("--updates 1e5 --guidance 0.03,0.1 0.3 --methods qgf,bptt --seed 0".split())
-    assert given == dict(updates=100_000, guidance=(0.03, 0.1, 0.3), methods=("qgf", "bptt"), seed=0)
+    given = qgf.parse("--updates 1e5 --guidance 0.03,0.1 0.3 --methods qgf,bptt --seed 0 --sparse".split())
+    assert given == dict(updates=100_000, guidance=(0.03, 0.1, 0.3), methods=("qgf", "bptt"), seed=0, sparse=1)
 
 def test_other_data_a_damaged_and_an_older_checkpoint_are_refused_and_kept(home, whole, monkeypatch, tmp_path):
     data, updates = home / ".ogbench/data", int(checkpoint(whole)["metrics"][-1, 0])
@@ -840,6 +834,14 @@ def test_run_all_explains_itself_and_refuses_what_cannot_work(tmp_path):
     assert p.returncode == 1 and "no-such-python" in p.stderr and p.stderr.count("\n") == 1
     p = run_all("cube-single", DATA="/nowhere")
     assert p.returncode == 1 and "/nowhere" in p.stderr and p.stderr.count("\n") == 1
+
+def test_tasks_2_to_5_of_the_default_list_use_the_flow_of_task_1():
+    calls = [line.split() for line in run_all("--dry-run", "", "3", OUT="o").stdout.splitlines()]
+    assert len(calls) == 20
+    for call in calls:
+        env = call[call.index("--env") + 1]
+        lender = None if env.endswith("task1") else f"o/{env[:-1]}1-s3"
+        assert lender == (call[call.index("--policy") + 1] if "--policy" in call else None)
 
 def test_a_slurm_task_takes_one_run_of_the_list(tmp_path):
     lines = run_all("--dry-run", "paper", "0").stdout.splitlines()

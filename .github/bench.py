@@ -150,7 +150,7 @@ def rollout():
     cfg, env_id = qgf.Config(episodes=40), "cube-single-singletask-v0"
     nets = jax.tree.map(lambda x: x[0], qgf.init_states((S, 0, A), cfg).target)
     multiprocessing.set_forkserver_preload(["ogbench.manipspace", "optax", "scipy.stats"])
-    envs = qgf.AsyncVectorEnv([partial(qgf.Chunks, env_id, H, qgf.SLOTS)] * qgf.CORES, context="forkserver",
+    envs = qgf.AsyncVectorEnv([partial(qgf.Chunks, env_id, H, M=qgf.SLOTS)] * qgf.CORES, context="forkserver",
                               autoreset_mode=qgf.AutoresetMode.DISABLED)
     alone, rng = qgf.Chunks(env_id, H), np.random.default_rng(0)
     for _ in range(3):
@@ -159,7 +159,7 @@ def rollout():
         alone.reset(seed=0)
         start, steps = time.perf_counter(), 0
         for _ in range(40):
-            steps += alone.step(rng.uniform(-1, 1, (1, H, A)))[4]["length"][0]
+            steps += alone.step(rng.uniform(-1, 1, (1, H, A)))[1][0, 2]
         single = steps / (time.perf_counter() - start)
         print(f"{rate:.0f} steps/s, env.step in one process {single:.0f}, ratio {rate / single:.2f}", flush=True)
     envs.close(terminate=True)

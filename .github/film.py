@@ -24,14 +24,15 @@ def play(nets, cfg, env_id, method, w, seed):
         return step(action)
 
     inner.step = filmed
-    obs, _ = env.reset(seed=seed)
-    rng, length, over = np.random.default_rng(seed), 0, [False]
-    while not over[0]:
+    obs, info = env.reset(seed=seed)
+    rng, played = np.random.default_rng(seed), np.zeros(3)
+    while info["seed"][0] == seed:
         noise = np.float32(rng.standard_normal((1, 1, env.action_space.shape[1] * env.action_space.shape[2])))
         actions, _ = qgf.sample_actions(nets, obs, noise, w, method, cfg.denoise_steps)
-        obs, _, over, _, info = env.step(np.reshape(actions, env.action_space.shape))
-        length += int(info["length"][0])
-    return frames[::3], f"{method}: {'solved' if info['success'][0] else 'not solved'} in {length} steps"
+        obs, new, _, _, info = env.step(np.reshape(actions, env.action_space.shape))
+        played += new[0]
+    success, _, length = played
+    return frames[::3], f"{method}: {'solved' if success else 'not solved'} in {length:.0f} steps"
 
 
 def main(folder, gif):
