@@ -4,6 +4,7 @@
 #
 #   ./run_all.sh                                          the five tasks of cube-single, scene, puzzle-3x3 and
 #                                                         cube-double, seed 0; tasks 2 to 5 use the flow of task 1
+#                                                         (two cores: about nine hours, most for cube-double)
 #   ./run_all.sh "cube-single scene-task1" "0 1"          these tasks, a run for each of these seeds
 #   ./run_all.sh "scene" "0" --updates 200000             further options go to qgf.py
 #   DATA=/big ./run_all.sh paper "0" --seeds 10           the paper's 20 tasks and settings on OGBench's 100M sets,
@@ -16,7 +17,7 @@
 set -o pipefail # not -u, for which an empty array is an error in the Bash that macOS brings
 here=$(cd "$(dirname "$0")" && pwd)
 [ -e "$here/qgf.py" ] || here=$SLURM_SUBMIT_DIR # sbatch runs a copy of this script from elsewhere
-if [ "$1" = --help ] || [ "$1" = -h ]; then sed -n '3,16s/^# \{0,1\}//p' "$0" && exit; fi
+if [ "$1" = --help ] || [ "$1" = -h ]; then sed -n '3,17s/^# \{0,1\}//p' "$0" && exit; fi
 if [ "$1" = --dry-run ]; then dry=1 && shift; fi
 tasks() { for env in "$@"; do for task in 1 2 3 4 5; do echo "$env-task$task"; done; done; }
 paper=(--updates 500000 --batch-size 1024 --width 1024 --depth 4 --lr 3e-4 --discount 0.999 --episodes 50)
@@ -25,7 +26,7 @@ case ${1:-} in
   paper) envs=$(tasks cube-triple cube-quadruple puzzle-4x4 scene) && options=("${paper[@]}") ;;
   *) envs=$1 && options=() ;;
 esac
-python=${PYTHON:-python} && out=${OUT:-runs} && number=0 && failed=()
+python=${PYTHON:-python} && out=${OUT:-runs} && number=0 && failed=() && more=("${options[@]}" "${@:3}")
 fail() { echo "run_all.sh: $*" >&2 && exit 1; }
 [ -n "$dry" ] || "$python" -c "" 2>/dev/null || fail "$python does not run: activate the environment, or set PYTHON"
 [ -z "$DATA" ] || [ -d "$DATA" ] || fail "DATA=$DATA is no folder"
@@ -35,10 +36,9 @@ for env in $envs; do
   for seed in ${2:-0}; do
     if [ -n "$SLURM_ARRAY_TASK_ID" ] && [ "$SLURM_ARRAY_TASK_ID" != "$((number++))" ]; then continue; fi
     policy=() && [ -z "$share" ] || [[ $env == *1 ]] || policy=(--policy "$out/${env%?}1-s$seed")
-    command=("$python" "$here/qgf.py" --env "$env" --seed "$seed" --out "$out" "${policy[@]}" "${data[@]}"
-             "${options[@]}" "${@:3}")
-    if [ -n "$dry" ]; then printf '%q ' "${command[@]}" && echo && continue; fi
-    "${command[@]}" || failed+=("$env-s$seed")
+    run=("$python" "$here/qgf.py" --env "$env" --seed "$seed" --out "$out" "${policy[@]}" "${data[@]}" "${more[@]}")
+    if [ -n "$dry" ]; then printf '%q ' "${run[@]}" && echo && continue; fi
+    "${run[@]}" || failed+=("$env-s$seed")
   done
 done
 [ -n "$dry$SLURM_ARRAY_TASK_ID" ] || PYTHONPATH=$here "$python" "$here/.github/table.py" "$out"

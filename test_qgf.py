@@ -601,8 +601,8 @@ def test_rollout_plays_every_episode_once_and_as_if_it_were_alone(monkeypatch):
         action_space=gymnasium.spaces.Box(-1, 1, (2, 2, 5, 5)),
         reset=lambda seed, options: both([c.reset(seed=s, options=options) for c, s in zip(pair, seed)]),
         step=lambda chunks: both([c.step(x) for c, x in zip(pair, chunks)]))
-    x, goals = qgf.rollout(envs, None, 0.1, "bc", replace(CFG, episodes=7)), set()
-    for i in range(7):
+    x, goals = qgf.rollout(envs, None, 0.1, "bc", replace(CFG, episodes=5)), set()
+    for i in range(5):
         obs, info = one.reset(seed=qgf.FIRST_EPISODE + i)
         rng, total = np.random.default_rng(qgf.FIRST_EPISODE + i), np.zeros(3)
         goals.add(obs[0, 28:].tobytes())  # the goal, a cube's position, is at the end
@@ -611,7 +611,7 @@ def test_rollout_plays_every_episode_once_and_as_if_it_were_alone(monkeypatch):
             obs, new, _, _, info = one.step(chunk.reshape(1, 5, 5))
             total += new[0]
         np.testing.assert_array_equal(x[i], total)
-    assert one.sizes == (28, 3, 5) and (x[:, 2] == 200).all() and len(set(x[:, 1])) == 7
+    assert one.sizes == (28, 3, 5) and (x[:, 2] == 200).all() and len(set(x[:, 1])) == 5
     assert len(goals) == 5  # as OGBench has
 
 # ---- runs: the command line, on collected data, in the real simulator ----------------------------------------
@@ -865,10 +865,10 @@ def test_the_table_of_a_folder_pools_tasks_and_seeds_and_counts_none_twice(tmp_p
     assert "cube-triple: 3 runs" in out and "more/scene: 1 run" in out
     assert [line.split()[3:5] for line in out.splitlines() if line.startswith("qgf ")][0] == ["30", "0.40"]
 
-def forked(number):
-    """qgf.py with the README's diff of that number: its + lines go behind the unchanged one before them."""
+def forked(page):
+    """qgf.py with the diff of that page: its + lines go behind the unchanged one before them."""
     source = (HERE / "qgf.py").read_text()
-    lines = (HERE / "README.md").read_text().split("```diff\n")[number].split("```")[0].splitlines()
+    lines = (HERE / page).read_text().split("```diff\n")[1].split("```")[0].splitlines()
     assert len(lines) < 12
     for line in lines:
         if line[0] == " ":
@@ -883,15 +883,15 @@ def forked(number):
     return fork
 
 def test_the_readmes_new_guidance_runs():
-    fork = forked(1)
+    fork = forked("README.md")
     (name,) = fork.GUIDANCE.keys() - qgf.GUIDANCE.keys()
     assert fork.parse_method(f"{name}@4") == (name, 4)
     nets, s, a_0 = sampling()
     ours, bc, plain = (fork.sample_actions(nets, s, a_0, 0.5, m, 5)[0] for m in (name, "bc", "qgf"))
     assert np.isfinite(ours).all() and (ours != bc).any() and (ours != plain).any()
 
-def test_the_readmes_new_loss_runs_and_reaches_the_critic_alone():
-    fork, state, batch = forked(2), some_state(), batch_of()
+def test_the_new_loss_for_forks_runs_and_reaches_the_critic_alone():
+    fork, state, batch = forked(".github/forking.md"), some_state(), batch_of()
     ours, info = jit(fork.update)(state, batch, KEY, CFG)
     plain, without = update(state, batch, KEY, CFG)
     assert info["critic_loss"] != without["critic_loss"]
