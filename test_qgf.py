@@ -260,10 +260,10 @@ def test_scanned_updates_equal_single_updates_however_they_are_grouped():
     assert int(scanned.step[0]) == 6
 
 def test_seeds_trained_at_once_differ_and_are_those_of_single_runs():
-    cfg = replace(CFG, depth=1, seed=5, seeds=3)
+    cfg = replace(CFG, depth=1, seed=5, seeds=2)
     states, info = qgf.train(qgf.init_states((S, 0, A), cfg), DATA, 3, cfg)
-    assert len({float(x) for x in info["flow_loss"][:, 0]}) == 3  # other batches, other noise
-    for i in range(3):
+    assert len({float(x) for x in info["flow_loss"][:, 0]}) == 2  # other batches, other noise
+    for i in range(2):
         one = replace(cfg, seed=5 + i, seeds=1)
         alone, _ = qgf.train(qgf.init_states((S, 0, A), one), DATA, 3, one)
         assert_same(jax.tree.map(lambda x: x[i : i + 1], states), alone)  # noqa: B023
@@ -725,12 +725,9 @@ def test_a_real_run_of_two_seeds_with_edp_goals_and_slices(home):
     metrics = np.genfromtxt(folder / "metrics.csv", delimiter=",", names=True)
     assert metrics["step"][-2:].tolist() == [2150, 2150] and metrics["seed"][-2:].tolist() == [0, 1]
     assert np.isfinite(metrics["q"]).all() and metrics["flow_loss"][-1] < metrics["flow_loss"][0]
-def test_a_run_with_the_flow_of_another_trains_the_critic_alone_and_is_whole_by_itself(home, whole):
-    args = ["--env", "cube-single-goal", "--out", "lent", "--updates"]  # blind to goals, a flow serves them all
-    finish(home, *args, 110, "--policy", whole / "cube-single-s0", "--long-horizon", 25)
-    (whole / "cube-single-s0").rename(whole / "away")
-    assert "after 120 updates" in finish(home, *args, 120)
-    (whole / "away").rename(whole / "cube-single-s0")
+def test_a_run_with_the_flow_of_another_trains_the_critic_alone(home, whole):
+    args = ["--env", "cube-single-goal", "--out", "lent", "--updates", 120]  # blind to goals, a flow serves them all
+    finish(home, *args, "--policy", whole / "cube-single-s0", "--long-horizon", 25)
     folders = whole / "cube-single-s0", home / "lent/cube-single-goal-s0"
     theirs, ours = (qgf.load(folder / "checkpoint.npz")[0] for folder in folders)
     assert_same(theirs.target["policy"], ours.target["policy"])  # to the bit, after 120 averages
