@@ -164,7 +164,7 @@ def value_loss(layers, target_critic, batch, cfg):
 class State(NamedTuple):
     """All that training changes: from a State and the data, a run continues bit for bit."""
     params: dict  # policy, critic, value; long_critic and edp if asked for
-    target: dict  # Polyak averages of policy, critic and edp: the networks that act
+    target: dict  # Polyak averages of policy, critic and edp, or a lent policy: the networks that act
     opt: tuple  # Adam's moments
     key: jax.Array  # the run's; update i uses fold_in(key, i), however updates are grouped into calls
     step: jax.Array  # updates made
@@ -175,7 +175,7 @@ def init_states(sizes, cfg):
         key_params, key_run = jax.random.split(key)
         params = init_params(key_params, sizes, cfg)
         target = {k: params[k] for k in ("policy", "critic", "edp") if k in params}
-        params = {k: x for k, x in params.items() if k != "policy" or not cfg.policy}  # the lent one stays
+        params = {k: x for k, x in params.items() if k != "policy" or not cfg.policy}  # a lent one stays
         return State(params, target, optax.adam(cfg.lr).init(params), key_run, jnp.int32(0))
     states = [init(jax.random.PRNGKey(cfg.seed + k)) for k in range(cfg.seeds)]
     return jax.tree.map(lambda *x: jnp.stack(x), *states)
@@ -504,7 +504,7 @@ class Chunks(gymnasium.Env):
             self.start(i)
         return np.float32(self.obs), dict(seed=self.seeds.copy())
     def step(self, chunks):
-        """Execute a chunk in each environment. -> as reward (M, 3): added success, return and length, ..."""
+        """Execute a chunk in each environment. Its reward is (M, 3): what success, return and length gain."""
         results = np.zeros((len(self.envs), 3))
         for i in np.flatnonzero(self.seeds < self.end):
             for action in chunks[i]:
@@ -537,7 +537,7 @@ def rollout(envs, nets, w, method, cfg):
         which = info["seed"].ravel() - first  # (P*M,)
         noise = np.float32([rngs[i].standard_normal((N, H * A)) for i in which])  # (P*M, N, H*A)
         actions, _ = sample_actions(nets, obs.reshape(P * M, -1), noise, w, name, cfg.denoise_steps)
-        obs, new, _, _, info = envs.step(np.reshape(actions, (P, M, H, A)))
+        obs, new, _, _, info = envs.step(np.reshape(actions, (P, M, H, A)))  # (P, M, S+G), (P, M, 3)
         np.add.at(results, which, new.reshape(P * M, 3))
     return results[:-1]
 
@@ -564,7 +564,7 @@ def evaluate(states, probe, env_id, path, cfg):
         for net in nets:  # each seed of training has its own w
             w = relative_weight(guidance, net, probe, a_0, name, cfg.denoise_steps) if guidance else weight
             row.append([(w, *episode) for episode in rollout(envs, net, w, method, cfg).tolist()])
-        results[int(states.step[0]), method, guidance, weight] = np.array(row)  # all other rows stay
+        results[int(states.step[0]), method, guidance, weight] = np.array(row)  # (seeds, episodes, 4)
         lines = ["env,seed,episode,updates,method,guidance,weight,success,return,length".split(",")]
         lines += [(cfg.env, cfg.seed + k, i, *key[:3], *x[k, i].tolist())
                   for key, x in results.items() for k, i in np.ndindex(x.shape[:2])]

@@ -20,7 +20,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 if [ "$1" = --help ] || [ "$1" = -h ]; then sed -n '3,17s/^# \{0,1\}//p' "$0" && exit; fi
 if [ "$1" = --dry-run ]; then dry=1 && shift; fi
 tasks() { for env in "$@"; do for task in 1 2 3 4 5; do echo "$env-task$task"; done; done; }
-paper=(--updates 500000 --batch-size 1024 --width 1024 --depth 4 --lr 3e-4 --discount 0.999 --episodes 50)
+paper=(--updates 500000 --batch-size 1024 --width 1024 --critic-width 0 --depth 4 --lr 3e-4 --discount 0.999 --sparse 0)
 case ${1:-} in
   "") envs=$(tasks cube-single scene puzzle-3x3 cube-double) && options=() && share=1 ;;
   paper) envs=$(tasks cube-triple cube-quadruple puzzle-4x4 scene) && options=("${paper[@]}") ;;
