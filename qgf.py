@@ -379,8 +379,7 @@ def download(dataset, path):
 def playground(base):
     """In a worker process: OGBench's environment and oracles to collect data with, set as it sets them."""
     from ogbench.manipspace.oracles.plan import button_plan, cube_plan, drawer_plan, window_plan
-    options = dict(mode="data_collection", terminate_at_goal=False, max_episode_steps=1001)
-    env = gymnasium.make(f"{base}-v0", **options)
+    env = gymnasium.make(f"{base}-v0", 1001, mode="data_collection", terminate_at_goal=False)  # 1001 steps
     settings = dict(env=env, noise=0.1, noise_smoothing=0.5)
     return env, dict(
         cube=cube_plan.CubePlanOracle(**settings), drawer=drawer_plan.DrawerPlanOracle(**settings),
@@ -667,6 +666,7 @@ def learn(states, record, metrics, paths, load_slice, folder, cfg):
 FAMILY = {  # where Config's defaults do not serve; a narrow flow grips beside cube-double's cubes
     "cube-double": dict(updates=300_000, lr=3e-4, width=512, depth=4, critic_width=256, episodes=100),
     "scene": dict(updates=50_000, lr=5e-4, width=512, depth=4, critic_width=256, sparse=1),
+    "puzzle-3x3": dict(updates=100_000, width=512, depth=4, critic_width=256, expectile=0.95, sparse=1),
     "cube-single-goal": dict(updates=20_000, episodes=100),
     "puzzle-3x3-goal": dict(updates=40_000, lr=5e-4, episodes=100, long_horizon=25),
 }
