@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Draw success against the relative weight λ, pooled over the runs of a folder, as an SVG.
+"""Draw success against the relative weight λ, a panel for each family in which a run has several, as an SVG.
 
-    PYTHONPATH=. python .github/curves.py .github/results/cube-single > .github/weights.svg
+    PYTHONPATH=. python .github/curves.py .github/results > .github/lambda.svg
 """
 import sys
 
@@ -10,35 +10,53 @@ from table import families
 
 import qgf
 
-COLORS = ("#e31a1c", "#1f78b4", "#b15928", "#33a02c", "#ff7f00", "#6a3d9a")
+COLORS = {"qgf": "#e31a1c", "qgf-jacobian": "#1f78b4", "bptt": "#b15928", "qfql": "#33a02c", "gradstep": "#ff7f00"}
+WIDTH, HEIGHT = 300, 300  # of a panel, with its margins
+
+
+def curves(runs):
+    """Of the runs in which qgf has more than two λ's: {method: [(λ, (runs, episodes) of successes)]}, bc, a title."""
+    seeds = {name: run for name, run in runs.items() if sum(m == "qgf" and g > 0 for m, g, _ in run) > 2}
+    runs, title = seeds.values(), f"{', '.join(dict.fromkeys(env for env, _ in seeds))}: {len(seeds)} seed"
+    found = {}
+    for method, g, _ in sorted({key for run in runs for key in run if key[0] in COLORS and key[1]}):
+        found.setdefault(method, []).append((g, [run[method, g, 0.0][:, 1] for run in runs if (method, g, 0.0) in run]))
+    # every point of a method has as many runs: a λ that only some runs have is left out
+    found = {m: [(g, np.stack(won)) for g, won in points if len(won) == len(runs)] for m, points in found.items()}
+    bc = [run["bc", 0.0, 0.0][:, 1].mean() for run in runs]
+    return {m: points for m, points in found.items() if len(points) > 2}, bc, title + "s" * (len(seeds) > 1)
+
+
+def panel(found, bc, title, lambdas, left):
+    """Print a panel whose left edge is at `left`."""
+    x = {g: left + 50 + 220 * i / (len(lambdas) - 1) for i, g in enumerate(lambdas)}
+    y = lambda p: 250 - 210 * p
+    print(f'<text x="{left + 160}" y="22" text-anchor="middle" font-weight="bold">{title}</text>')
+    for p in (0, 0.25, 0.5, 0.75, 1):
+        print(f'<text x="{left + 10}" y="{y(p) + 4:.0f}">{p:g}</text>')
+        print(f'<path d="M{left + 42} {y(p):.0f}H{left + 278}" stroke="#ddd"/>')
+    for g in lambdas:
+        print(f'<text x="{x[g]:.0f}" y="270" text-anchor="middle">{g:g}</text>')
+    print(f'<path d="M{left + 42} {y(np.mean(bc)):.0f}H{left + 278}" stroke="black" stroke-dasharray="5"/>')
+    for method, points in found.items():
+        line = " ".join(f"{x[g]:.0f},{y(won.mean()):.0f}" for g, won in points)
+        print(f'<polyline points="{line}" fill="none" stroke="{COLORS[method]}" stroke-width="2.5"/>')
+        for g, won in points if method == "qgf" else ():
+            low, high = qgf.interval(won)
+            print(f'<path d="M{x[g]:.0f} {y(low):.0f}V{y(high):.0f}" stroke="{COLORS[method]}" opacity=".5"/>')
 
 
 def main(folder):
-    [runs] = families(folder).values()
-    keys = dict.fromkeys(key for run in runs.values() for key in run)
-    success = {key: np.stack([run[key][:, 1] for run in runs.values() if key in run]) for key in keys}
-    lambdas = sorted({g for _, g, _ in keys if g})
-    x = {g: 60 + 100 * i for i, g in enumerate(lambdas)}
-    right, y = max(x.values()), lambda p: 300 - 270 * p
-    print(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {right + 150} 350" font-family="sans-serif"')
-    print(f' font-size="14"><rect width="{right + 150}" height="350" fill="white"/><text x="12" y="16">success</text>')
-    print(f'<text x="{right / 2}" y="342">relative weight λ</text>')
-    for p in (0, 0.2, 0.4, 0.6, 0.8, 1):
-        print(f'<text x="24" y="{y(p) + 5:.0f}">{p:g}</text><path d="M50 {y(p):.0f}H{right}" stroke="#ddd"/>')
-    for g in lambdas:
-        print(f'<text x="{x[g]}" y="320" text-anchor="middle">{g:g}</text>')
-    bc = success["bc", 0.0, 0.0].mean()
-    print(f'<path d="M50 {y(bc):.0f}H{right}" stroke="black" stroke-dasharray="5"/>')
-    print(f'<text x="{right + 12}" y="{y(bc) + 5:.0f}">bc</text>')
-    methods = [m for m in dict.fromkeys(m for m, g, _ in keys if g) if sum(k[0] == m for k in keys) > 1]
-    for i, (method, color) in enumerate(zip(methods, COLORS)):
-        mine = sorted((g, won) for (m, g, _), won in success.items() if m == method and g)
-        points = " ".join(f"{x[g]},{y(won.mean()):.0f}" for g, won in mine)
-        print(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="2.5"/>')
-        for g, won in mine:
-            low, high = qgf.interval(won)
-            print(f'<path d="M{x[g]} {y(low):.0f}V{y(high):.0f}" stroke="{color}" opacity=".4"/>')
-        print(f'<text x="{right + 12}" y="{60 + 20 * i}" fill="{color}">{method}</text>')
+    panels = [drawn for runs in families(folder).values() if (drawn := curves(runs))[0]]
+    lambdas = sorted({g for found, *_ in panels for points in found.values() for g, _ in points})
+    size = f'viewBox="0 0 {WIDTH * len(panels)} {HEIGHT}"'
+    print(f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="13">')
+    print('<rect width="100%" height="100%" fill="white"/>')
+    for i, drawn in enumerate(panels):
+        panel(*drawn, lambdas, WIDTH * i)
+    methods = [m for m in COLORS if any(m in found for found, *_ in panels)]
+    for i, (label, color) in enumerate([("bc (dashed)", "black"), *((m, COLORS[m]) for m in methods)]):
+        print(f'<text x="{50 + 110 * i}" y="292" fill="{color}">{label}</text>')
     print("</svg>")
 
 

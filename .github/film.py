@@ -49,7 +49,7 @@ def main(folder, gif):
     clips = [play(nets, cfg, env_id, "bc", 0.0, seed), play(nets, cfg, env_id, "qgf", guided[good[0], 0], seed)]
     images = []
     for i in range(max(len(frames) for frames, _ in clips) + 15):  # the last frame stays a while
-        pair = [Image.fromarray(frames[min(i, len(frames) - 1)]) for frames, _ in clips]
+        pair = [Image.fromarray(frames[min(i, len(frames) - 1)][90:]) for frames, _ in clips]  # without the sky
         for image, (_, words) in zip(pair, clips):
             at = 6, image.height - 22
             ImageDraw.Draw(image).text(at, words, "white", font_size=15, stroke_width=1, stroke_fill="black")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""All results in a folder: a table for each family of tasks, its runs being tasks and seeds of training.
+"""All results in a folder: for each family, a table over all tasks and seeds of training, and success by task.
 
     PYTHONPATH=. python .github/table.py runs
     PYTHONPATH=. python .github/table.py runs qgf      gains over qgf (at λ = 0.1) instead of bc
@@ -30,6 +30,19 @@ def families(folder):
     return found
 
 
+def by_task(runs, tasks):
+    """Success of each method in each task, over its seeds, and the mean over tasks: lines of a Markdown table."""
+    yield "\n" + "".join(f"| {cell} " for cell in (tasks[0][:-1], *(task[-1] for task in tasks), "mean")) + "|"
+    yield "|---" * (len(tasks) + 2) + "|"
+    for key in dict.fromkeys(key for run in runs.values() for key in run):
+        mean = [np.mean([run[key][:, 1] for (env, _), run in runs.items() if env == task and key in run] or [np.nan])
+                for task in tasks]
+        if not np.isnan(mean).any():  # a row that some task lacks has no mean
+            method, guidance, weight = key
+            label = f"`{method}`" + f" λ {guidance:g}" * (guidance not in (0.0, 0.1)) + f" w {weight:g}" * (weight > 0)
+            yield f"| {label} " + "".join(f"| {x:.2f} " for x in (*mean, np.mean(mean))) + "|"
+
+
 def main(folder, base="bc"):
     found = families(folder)
     if not found:
@@ -43,7 +56,12 @@ def main(folder, base="bc"):
         if base != "bc":  # `table` compares with bc
             swap = next(key for key in rows if key[0] == base and key[1] in (0.0, 0.1))
             rows = {("bc", 0.0, 0.0): rows.pop(swap)} | {k: v for k, v in rows.items() if k[0] != "bc"}
-        print(f"\n{name}: {len(runs)} run{'s' * (len(runs) > 1)}", *qgf.table(rows), sep="\n")
+        lines = qgf.table(rows)
+        if base != "bc":
+            lines = [line.replace("over bc", f"over {base}").replace("bc".ljust(18), base.ljust(18)) for line in lines]
+        print(f"\n{name}: {len(runs)} run{'s' * (len(runs) > 1)}", *lines, sep="\n")
+        tasks = sorted({env for env, _ in runs})
+        print(*by_task(runs, tasks) if len(tasks) > 1 else (), sep="\n")
 
 
 if __name__ == "__main__":
