@@ -28,13 +28,14 @@ def curves(runs):
 
 
 def panel(found, bc, title, lambdas, left):
-    """Print a panel whose left edge is at `left`."""
+    """Print a panel whose left edge is at `left`: success over λ, with 95% intervals for qgf."""
     x = {g: left + 50 + 220 * i / (len(lambdas) - 1) for i, g in enumerate(lambdas)}
     y = lambda p: 250 - 210 * p
     print(f'<text x="{left + 160}" y="22" text-anchor="middle" font-weight="bold">{title}</text>')
     for p in (0, 0.25, 0.5, 0.75, 1):
         print(f'<text x="{left + 10}" y="{y(p) + 4:.0f}">{p:g}</text>')
         print(f'<path d="M{left + 42} {y(p):.0f}H{left + 278}" stroke="#ddd"/>')
+    print(f'<text x="{left + 10}" y="270">λ</text>')
     for g in lambdas:
         print(f'<text x="{x[g]:.0f}" y="270" text-anchor="middle">{g:g}</text>')
     print(f'<path d="M{left + 42} {y(np.mean(bc)):.0f}H{left + 278}" stroke="black" stroke-dasharray="5"/>')
