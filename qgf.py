@@ -379,7 +379,7 @@ def download(dataset, path):
 def playground(base):
     """In a worker process: OGBench's environment and oracles to collect data with, set as it sets them."""
     from ogbench.manipspace.oracles.plan import button_plan, cube_plan, drawer_plan, window_plan
-    env = gymnasium.make(f"{base}-v0", 1001, mode="data_collection", terminate_at_goal=False)  # 1001 steps
+    env = gymnasium.make(f"{base}-v0", 1001, mode="data_collection", terminate_at_goal=False)  # 1001 rows
     settings = dict(env=env, noise=0.1, noise_smoothing=0.5)
     return env, dict(
         cube=cube_plan.CubePlanOracle(**settings), drawer=drawer_plan.DrawerPlanOracle(**settings),

@@ -61,7 +61,8 @@ def main(folder, base="bc"):
             lines = [line.replace("over bc", f"over {base}").replace("bc".ljust(18), base.ljust(18)) for line in lines]
         print(f"\n{name}: {len(runs)} run{'s' * (len(runs) > 1)}", *lines, sep="\n")
         tasks = sorted({env for env, _ in runs})
-        print(*by_task(runs, tasks) if len(tasks) > 1 else (), sep="\n")
+        if len(tasks) > 1:
+            print(*by_task(runs, tasks), sep="\n")
 
 
 if __name__ == "__main__":
