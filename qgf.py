@@ -663,8 +663,8 @@ def learn(states, record, metrics, paths, load_slice, folder, cfg):
     return states
 
 # ---- 10 main -----------------------------------------------------------------------------------------------
-FAMILY = {  # where Config's defaults do not serve; a narrow flow grips beside cube-double's cubes
-    "cube-double": dict(updates=300_000, lr=3e-4, width=512, depth=4, critic_width=256, episodes=100),
+FAMILY = {  # where Config's defaults do not serve; a narrow or young flow grips beside cube-double's cubes
+    "cube-double": dict(updates=100_000, width=512, depth=4, critic_width=256, expectile=0.95),
     "scene": dict(updates=50_000, lr=5e-4, width=512, depth=4, critic_width=256, sparse=1),
     "puzzle-3x3": dict(updates=100_000, width=512, depth=4, critic_width=256, expectile=0.95, sparse=1),
     "cube-single-goal": dict(updates=20_000, episodes=100),

@@ -4,7 +4,7 @@
 #
 #   ./run_all.sh                                          the five tasks of cube-single, scene, puzzle-3x3 and
 #                                                         cube-double, seed 0; tasks 2 to 5 use the flow of task 1
-#                                                         (two cores: about ten hours, half for cube-double)
+#                                                         (about eight hours, data included)
 #   ./run_all.sh "cube-single scene-task1" "0 1"          these tasks, a run for each of these seeds
 #   ./run_all.sh "scene" "0" --updates 200000             further options go to qgf.py
 #   DATA=/big ./run_all.sh paper "0" --seeds 10           the paper's 20 tasks and settings on OGBench's 100M sets,

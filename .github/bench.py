@@ -5,6 +5,7 @@ PYTHONPATH=. python .github/bench.py updates [CLONE]   of four sizes; next to th
 PYTHONPATH=. python .github/bench.py seeds             several seeds at once by vmap, next to one alone
 PYTHONPATH=. python .github/bench.py cost [WIDTH DEPTH]   of a chunk by each method: time, and operations next to BC's
 PYTHONPATH=. python .github/bench.py rollout           an evaluation, policy and all, next to env.step in one process
+PYTHONPATH=. python .github/bench.py success CLONE     QGF on cube-single by training time, next to the official code's
 """
 
 import importlib
@@ -94,13 +95,7 @@ def official_agent(clone, width, depth, name="QGFAgent", module="qgf", **setting
 def official(clone, width, depth):
     """The same for an agent of the official code and its own sampler."""
     agent = official_agent(clone, width, depth)
-    from utils.datasets import Dataset
-
-    data = random_data()
-    last = np.float32(data.pop("ends") == np.arange(N))
-    data = Dataset.create(
-        **data, terminals=last, next_observations=np.roll(data["observations"], -1, axis=0)
-    )
+    data = official_data(random_data())
 
     def work():
         nonlocal agent
@@ -110,6 +105,14 @@ def official(clone, width, depth):
         return 10
 
     return work
+
+
+def official_data(data):
+    from utils.datasets import Dataset
+
+    data = {k: np.asarray(data[k]) for k in ("observations", "actions", "rewards", "masks", "ends")}
+    last = np.float32(data.pop("ends") == np.arange(len(data["rewards"])))
+    return Dataset.create(**data, terminals=last, next_observations=np.roll(data["observations"], -1, axis=0))
 
 
 def updates(clone=None):
@@ -146,12 +149,16 @@ def cost(width=256, depth=3):
         print(f"{method:16}{cells[0]:13.2f}{cells[1]:15.1f}{flops:18.3f}", flush=True)
 
 
+def environments(env_id):
+    multiprocessing.set_forkserver_preload(["ogbench.manipspace", "optax", "scipy.stats"])
+    make = partial(qgf.Chunks, env_id, H, M=qgf.SLOTS)
+    return qgf.AsyncVectorEnv([make] * qgf.CORES, context="forkserver", autoreset_mode=qgf.AutoresetMode.DISABLED)
+
+
 def rollout():
     cfg, env_id = qgf.Config(episodes=40), "cube-single-singletask-v0"
     nets = jax.tree.map(lambda x: x[0], qgf.init_states((S, 0, A), cfg).target)
-    multiprocessing.set_forkserver_preload(["ogbench.manipspace", "optax", "scipy.stats"])
-    envs = qgf.AsyncVectorEnv([partial(qgf.Chunks, env_id, H, M=qgf.SLOTS)] * qgf.CORES, context="forkserver",
-                              autoreset_mode=qgf.AutoresetMode.DISABLED)
+    envs = environments(env_id)
     alone, rng = qgf.Chunks(env_id, H), np.random.default_rng(0)
     for _ in range(3):
         start = time.perf_counter()
@@ -165,5 +172,46 @@ def rollout():
     envs.close(terminate=True)
 
 
+def success(clone):
+    """Both learn from the same data, each with its own defaults (the official one with chunks), and act by our code
+    at λ = 0.1. Only updates are timed, compiling left out; each is evaluated once its time has doubled."""
+    from agree import layers
+
+    cfg, env_id = qgf.Config(seed=int(time.time()) % 1000), "cube-single-singletask-v0"
+    data = qgf.load_dataset(qgf.find_dataset(cfg, "cube-single-play-v0")[0], qgf.Chunks(env_id, H), H)
+    probe = qgf.sample_batch(jax.random.PRNGKey(0), data, qgf.replace(cfg, batch_size=qgf.PROBE))["observations"]
+    a_0, envs = jax.random.normal(jax.random.PRNGKey(0), (qgf.PROBE, 1, H * A)), environments(env_id)
+    agent, states = official_agent(clone, 512, 4), qgf.init_states((S, 0, A), cfg)
+    theirs = official_data(data)
+
+    def train_official():
+        nonlocal agent
+        for _ in range(100):
+            agent, _ = agent.update(theirs.sample_sequence(B, H, cfg.discount))
+        jax.block_until_ready(agent.policy.params)
+        return dict(policy=layers(agent.policy.params), critic=layers(agent.target_critic.params))
+
+    def train_ours():
+        nonlocal states
+        states, _ = qgf.train(states, data, 100, cfg)
+        return jax.block_until_ready(jax.tree.map(lambda x: x[0], states.target))
+
+    kinds = {"official": train_official, "qgf.py": train_ours}
+    seconds, updates = dict.fromkeys(kinds, 0.0), dict.fromkeys(kinds, 100)
+    for work in kinds.values():
+        work()
+    for limit in 15 * 2 ** np.arange(6):
+        for name, work in kinds.items():
+            while seconds[name] < limit:
+                start = time.perf_counter()
+                nets = work()
+                seconds[name] += time.perf_counter() - start
+                updates[name] += 100
+            w = qgf.relative_weight(0.1, nets, probe, a_0, "qgf", cfg.denoise_steps)
+            won = qgf.rollout(envs, nets, w, "qgf", cfg)[:, 0].mean()
+            print(f"{name:10} after {seconds[name]:4.0f} s and {updates[name]:6} updates: QGF solves {won:.2f}", flush=True)
+    envs.close(terminate=True)
+
+
 if __name__ == "__main__":
-    dict(updates=updates, seeds=seeds, cost=cost, rollout=rollout)[sys.argv[1]](*sys.argv[2:])
+    dict(updates=updates, seeds=seeds, cost=cost, rollout=rollout, success=success)[sys.argv[1]](*sys.argv[2:])
