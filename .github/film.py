@@ -53,7 +53,9 @@ def main(folder, gif):
         for image, (_, words) in zip(pair, clips):
             at = 6, image.height - 22
             ImageDraw.Draw(image).text(at, words, "white", font_size=15, stroke_width=1, stroke_fill="black")
-        images.append(Image.fromarray(np.concatenate(pair, axis=1)).quantize(64))
+        images.append(Image.fromarray(np.concatenate(pair, axis=1)))
+    palette = images[0].quantize(64)  # one for all frames, so that what stands still costs nothing
+    images = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
     images[0].save(gif, save_all=True, append_images=images[1:], duration=80, loop=0)
     print(f"saved in {gif}")
 
