@@ -218,9 +218,9 @@ def update(state, batch, key, cfg):
             value_loss=value_loss(p["value"], target["critic"], batch, cfg),
             edp_loss=edp_loss(p["edp"], target["critic"], batch, key, cfg) if cfg.edp else 0.0,
         )
-        means = dict(q=q_values(p["critic"], s, a).mean(), v=value(p["value"], s).mean())
-        return sum(losses.values()), losses | means
-    grads, info = jax.grad(loss, has_aux=True)(state.params)
+        return sum(losses.values()), losses
+    grads, losses = jax.grad(loss, has_aux=True)(state.params)
+    info = losses | dict(q=q_min(target["critic"], s, a).mean())  # as in value_loss: compiled once, not twice
     steps, opt = optax.adam(cfg.lr).update(grads, state.opt)
     averaged = {k: x for k, x in state.params.items() if k in target}
     target = target | optax.incremental_update(averaged, {k: target[k] for k in averaged}, 0.005)
@@ -603,7 +603,7 @@ def table(rows):
 
 # ---- 9 Runs: a folder with checkpoint.npz, config.json, metrics.csv and episodes.csv -----------------------
 CALL, SWAP, PROBE = 100, 1000, 1024  # updates in a call, updates on a slice, states for `relative_weight`
-LOSSES = ("flow_loss", "critic_loss", "value_loss", "edp_loss", "q", "v")
+LOSSES = ("flow_loss", "critic_loss", "value_loss", "edp_loss", "q")
 
 def save(folder, states, record, metrics):
     """Write checkpoint.npz (all of it, no pickle), and two files to read; refuses NaN and Inf."""
@@ -649,7 +649,7 @@ def learn(states, record, metrics, paths, load_slice, folder, cfg):
                 coming = thread.submit(load_slice, paths[(step // SWAP + 1) % len(paths)])
             n = min(CALL, cfg.updates - step, SWAP - step % SWAP)
             states, info = train(states, data, n, cfg)
-            means = np.mean([info[k] for k in LOSSES], axis=2)  # (6, K, n) -> (6, K); waits for the device
+            means = np.mean([info[k] for k in LOSSES], axis=2)  # (5, K, n) -> (5, K); waits for the device
             step += n
             metrics += [[step, cfg.seed + k, *means[:, k].tolist()] for k in range(cfg.seeds)]
             bar.update(n)
