@@ -668,7 +668,6 @@ FAMILY = {  # where Config's defaults do not serve; a narrow or young flow grips
     "scene": dict(updates=50_000, lr=5e-4, width=512, depth=4, critic_width=256, sparse=1),
     "puzzle-3x3": dict(updates=100_000, width=512, depth=4, critic_width=256, expectile=0.95, sparse=1),
     "cube-single-goal": dict(updates=20_000, episodes=100),
-    "puzzle-3x3-goal": dict(updates=40_000, lr=5e-4, episodes=100, long_horizon=25),
 }
 ALIASES = dict(epochs="updates", steps="updates", gamma="discount", tau="expectile", task="env")
 
@@ -718,7 +717,8 @@ def settings(given, name, source, saved, step):
     if differ:
         raise UserError(f"{source} holds a run with {flags(differ)}: ask for that, or another folder")
     strength = dict(guidance=()) if "weights" in given else {}
-    cfg = Config(**FAMILY.get(re.sub(r"-task\d$", "", name), {}) | saved | strength | given | dict(env=name))
+    family = FAMILY.get(name) or FAMILY.get(re.sub(r"-(task\d|goal)$", "", name), {})
+    cfg = Config(**family | saved | strength | given | dict(env=name))
     if cfg.updates < step:
         raise UserError(f"{source} has {step} updates already: give as many or more, or another --out")
     if "edp" in [parse_method(m)[0] for m in cfg.methods] and not cfg.edp:

@@ -778,9 +778,10 @@ def test_a_users_mistake_gets_one_clear_line(home, whole, monkeypatch, args, wor
     assert len(str(e.value)) < 600 and "\n" not in str(e.value) and not (home / "other").exists()
     assert all((v == before[k]).all() for k, v in checkpoint(whole).items())
 
-def test_words_are_read_kindly():
+def test_words_are_read_kindly_and_a_family_has_its_defaults():
     given = qgf.parse("--updates 1e5 --guidance 0.03,0.1 0.3 --methods qgf,bptt --seed 0 --sparse".split())
     assert given == dict(updates=100_000, guidance=(0.03, 0.1, 0.3), methods=("qgf", "bptt"), seed=0, sparse=1)
+    assert qgf.settings({}, "scene-goal", "", {}, 0) == qgf.Config(env="scene-goal", **qgf.FAMILY["scene"])
 
 def test_other_data_a_damaged_and_an_older_checkpoint_are_refused_and_kept(home, whole, monkeypatch, tmp_path):
     data, updates = home / ".ogbench/data", int(checkpoint(whole)["metrics"][-1, 0])
