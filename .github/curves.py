@@ -11,7 +11,7 @@ from table import families
 import qgf
 
 COLORS = {"qgf": "#e31a1c", "qgf-jacobian": "#1f78b4", "bptt": "#b15928", "qfql": "#33a02c", "gradstep": "#ff7f00"}
-WIDTH, HEIGHT = 300, 300  # of a panel, with its margins
+WIDTH, HEIGHT, PER_ROW = 300, 285, 4  # of a panel, with its margins; panels beside each other
 
 
 def curves(runs):
@@ -27,18 +27,18 @@ def curves(runs):
     return {m: points for m, points in found.items() if len(points) > 2}, bc, title + "s" * (len(seeds) > 1)
 
 
-def panel(found, bc, title, lambdas, left):
-    """Print a panel whose left edge is at `left`: success over λ, with 95% intervals for qgf."""
-    x = {g: left + 50 + 220 * i / (len(lambdas) - 1) for i, g in enumerate(lambdas)}
+def panel(found, bc, title, lambdas):
+    """Print a panel: success over λ, with 95% intervals for qgf."""
+    x = {g: 50 + 220 * i / (len(lambdas) - 1) for i, g in enumerate(lambdas)}
     y = lambda p: 250 - 210 * p
-    print(f'<text x="{left + 160}" y="22" text-anchor="middle" font-weight="bold">{title}</text>')
+    print(f'<text x="160" y="22" text-anchor="middle" font-weight="bold">{title}</text>')
     for p in (0, 0.25, 0.5, 0.75, 1):
-        print(f'<text x="{left + 10}" y="{y(p) + 4:.0f}">{p:g}</text>')
-        print(f'<path d="M{left + 42} {y(p):.0f}H{left + 278}" stroke="#ddd"/>')
-    print(f'<text x="{left + 10}" y="270">λ</text>')
+        print(f'<text x="10" y="{y(p) + 4:.0f}">{p:g}</text>')
+        print(f'<path d="M42 {y(p):.0f}H278" stroke="#ddd"/>')
+    print('<text x="10" y="270">λ</text>')
     for g in lambdas:
         print(f'<text x="{x[g]:.0f}" y="270" text-anchor="middle">{g:g}</text>')
-    print(f'<path d="M{left + 42} {y(np.mean(bc)):.0f}H{left + 278}" stroke="black" stroke-dasharray="5"/>')
+    print(f'<path d="M42 {y(np.mean(bc)):.0f}H278" stroke="black" stroke-dasharray="5"/>')
     for method, points in found.items():
         line = " ".join(f"{x[g]:.0f},{y(won.mean()):.0f}" for g, won in points)
         print(f'<polyline points="{line}" fill="none" stroke="{COLORS[method]}" stroke-width="2.5"/>')
@@ -50,14 +50,17 @@ def panel(found, bc, title, lambdas, left):
 def main(folder):
     panels = [drawn for runs in families(folder).values() if (drawn := curves(runs))[0]]
     lambdas = sorted({g for found, *_ in panels for points in found.values() for g, _ in points})
-    size = f'viewBox="0 0 {WIDTH * len(panels)} {HEIGHT}"'
+    height = HEIGHT * -(-len(panels) // PER_ROW)
+    size = f'viewBox="0 0 {WIDTH * min(len(panels), PER_ROW)} {height + 20}"'
     print(f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="13">')
     print('<rect width="100%" height="100%" fill="white"/>')
     for i, drawn in enumerate(panels):
-        panel(*drawn, lambdas, WIDTH * i)
+        print(f'<g transform="translate({WIDTH * (i % PER_ROW)} {HEIGHT * (i // PER_ROW)})">')
+        panel(*drawn, lambdas)
+        print("</g>")
     methods = [m for m in COLORS if any(m in found for found, *_ in panels)]
     for i, (label, color) in enumerate([("bc (dashed)", "black"), *((m, COLORS[m]) for m in methods)]):
-        print(f'<text x="{50 + 110 * i}" y="292" fill="{color}">{label}</text>')
+        print(f'<text x="{50 + 110 * i}" y="{height + 8}" fill="{color}">{label}</text>')
     print("</svg>")
 
 

@@ -32,7 +32,7 @@ def play(nets, cfg, env_id, method, w, seed):
         obs, new, _, _, info = env.step(np.reshape(actions, env.action_space.shape))
         played += new[0]
     success, _, length = played
-    return frames[::3], f"{method}: {'solved' if success else 'not solved'} in {length:.0f} steps"
+    return frames[::4], f"{method}: {'solved' if success else 'not solved'} in {length:.0f} steps"
 
 
 def main(folder, gif):
@@ -56,7 +56,7 @@ def main(folder, gif):
         images.append(Image.fromarray(np.concatenate(pair, axis=1)))
     palette = images[0].quantize(64)  # one for all frames, so that what stands still costs nothing
     images = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
-    images[0].save(gif, save_all=True, append_images=images[1:], duration=80, loop=0)
+    images[0].save(gif, save_all=True, append_images=images[1:], duration=100, loop=0)
     print(f"saved in {gif}")
 
 
