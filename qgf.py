@@ -663,7 +663,7 @@ def learn(states, record, metrics, paths, load_slice, folder, cfg):
     return states
 
 # ---- 10 main -----------------------------------------------------------------------------------------------
-FAMILY = {  # where Config's defaults do not serve; a narrow or young flow grips beside cube-double's cubes
+FAMILY = {  # where Config's defaults fail, for tasks and goals alike; a young flow misses cube-double's cubes
     "cube-double": dict(updates=100_000, width=512, depth=4, critic_width=256, expectile=0.95),
     "scene": dict(updates=50_000, lr=5e-4, width=512, depth=4, critic_width=256, sparse=1),
     "puzzle-3x3": dict(updates=100_000, width=512, depth=4, critic_width=256, expectile=0.95, sparse=1),
