@@ -781,7 +781,7 @@ def test_a_users_mistake_gets_one_clear_line(home, whole, monkeypatch, args, wor
 def test_words_are_read_kindly_and_a_family_has_its_defaults():
     given = qgf.parse("--updates 1e5 --guidance 0.03,0.1 0.3 --methods qgf,bptt --seed 0 --sparse".split())
     assert given == dict(updates=100_000, guidance=(0.03, 0.1, 0.3), methods=("qgf", "bptt"), seed=0, sparse=1)
-    assert qgf.settings({}, "scene-goal", "", {}, 0) == qgf.Config(env="scene-goal", **qgf.FAMILY["scene"])
+    assert qgf.settings({}, "cube-double-goal", "", {}, 0) == qgf.Config(env="cube-double-goal", **qgf.FAMILY["cube-double"])
 
 def test_other_data_a_damaged_and_an_older_checkpoint_are_refused_and_kept(home, whole, monkeypatch, tmp_path):
     data, updates = home / ".ogbench/data", int(checkpoint(whole)["metrics"][-1, 0])

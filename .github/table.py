@@ -58,6 +58,7 @@ def main(folder, base="bc"):
             rows = {("bc", 0.0, 0.0): rows.pop(swap)} | {k: v for k, v in rows.items() if k[0] != "bc"}
         lines = qgf.table(rows)
         if base != "bc":
+            lines = [line for line in lines if not line.startswith("Guidance")]  # its answer is about bc
             lines = [line.replace("over bc", f"over {base}").replace("bc".ljust(18), base.ljust(18)) for line in lines]
         print(f"\n{name}: {len(runs)} run{'s' * (len(runs) > 1)}", *lines, sep="\n")
         tasks = sorted({env for env, _ in runs})
