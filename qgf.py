@@ -478,13 +478,13 @@ class Chunks(gymnasium.Env):
         self.make = partial(gymnasium.make, env_id, disable_env_checker=True, use_oracle_rep=True, **options)
         self.envs, self.obs, self.goals = [self.make()], [None] * M, [None] * M  # `reset` makes the others
         space = self.envs[0].action_space
-        type(self.envs[0].unwrapped).action_space = space  # OGBench's is made anew at each use, without a seed
+        type(self.envs[0].unwrapped).action_space = space  # OGBench makes one at each use, without a seed
         self.seeds, self.waiting, self.end = np.zeros(M, int), iter([0]), 1
         self.start(0)
-        self.obs, g_dim = self.obs[:1] * M, len(self.goals[0])
-        self.sizes = len(self.obs[0]) - g_dim, g_dim, len(space.low)  # S, G, A
+        self.obs, g_dim, a_dim = self.obs[:1] * M, len(self.goals[0]), space.shape[0]
+        self.sizes = len(self.obs[0]) - g_dim, g_dim, a_dim  # S, G, A
         self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (M, len(self.obs[0])))
-        self.action_space = gymnasium.spaces.Box(-1, 1, (M, horizon, len(space.low)))
+        self.action_space = gymnasium.spaces.Box(-1, 1, (M, horizon, a_dim))
     def start(self, i):
         """Start the next episode in environment i; once there is none, its seed is `end`."""
         self.seeds[i] = seed = next(self.waiting, self.end)
@@ -565,7 +565,7 @@ def evaluate(states, probe, env_id, path, cfg):
             row.append([(w, *episode) for episode in rollout(envs, net, w, method, cfg).tolist()])
         results[int(states.step[0]), method, guidance, weight] = np.array(row)  # (seeds, episodes, 4)
         lines = ["env,seed,episode,updates,method,guidance,weight,success,return,length".split(",")]
-        lines += [(cfg.env, cfg.seed + k, i, *key[:3], *(f"{number:.9g}" for number in x[k, i]))
+        lines += [(cfg.env, cfg.seed + k, i, *key[:3], *x[k, i].tolist())
                   for key, x in results.items() for k, i in np.ndindex(x.shape[:2])]
         with atomic_write(path) as file:
             file.writelines(f"{','.join(map(str, line))}\n".encode() for line in lines)

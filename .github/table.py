@@ -17,7 +17,7 @@ def families(folder):
     """{family: {run (environment, seed of training): {(method, λ, w): (episodes, 4)}}}, after a run's most updates."""
     found = {}
     for path in sorted(Path(folder).glob("**/episodes.csv")):
-        name = path.parent.relative_to(folder).with_name(re.sub(r"(-task\d)?-s\d+$", "", path.parent.name))
+        name = re.sub(r"(-task\d)?-s\d+$", "", str(path.parent.relative_to(folder)))  # "." if folder is a run's
         lines = [line.split(",") for line in path.read_text().split()[1:]]
         if lines and len(lines[0]) != 10:
             raise SystemExit(f"{path} was written by another version of qgf.py")
@@ -26,7 +26,7 @@ def families(folder):
         newest = max(updates for updates, *_ in results)
         for k, run in enumerate(runs):
             rows = {key[1:]: row[k] for key, row in results.items() if key[0] == newest}
-            found.setdefault(str(name), {}).setdefault(run, {}).update(rows)
+            found.setdefault(name, {}).setdefault(run, {}).update(rows)
     return found
 
 
