@@ -17,9 +17,9 @@ flow's time; a_t = (1-t) a_0 + t a_1; a bar marks a Polyak average. We want the 
 
 Left out to keep this short: RobustQ, CFGRL, pixels, online fine-tuning, experiment trackers. Examples:
 
-    python qgf.py --env cube-double                            train, evaluate; the same command resumes
-    python qgf.py --env cube-double --methods bc@4 bptt qfql   add other methods to the table
-    python qgf.py --env cube-double --guidance 0.03 0.1 0.3    add other strengths of guidance to it
+    python qgf.py --env cube-single                            train, evaluate; the same command resumes
+    python qgf.py --env cube-single --methods bc@4 bptt qfql   add other methods to the table
+    python qgf.py --env cube-single --guidance 0.03 0.1 0.3    add other strengths of guidance to it
 """
 import argparse, difflib, json, math, os, re, shutil, signal, sys, time, warnings, zlib  # noqa: E401
 import http.client, importlib.metadata, multiprocessing.forkserver, urllib.request  # noqa: E401
@@ -59,7 +59,7 @@ class Config:
     guidance: tuple[float, ...] = option((0.1,), "λ", "how hard Q pushes, relative to the flow; a row each")
     weights: tuple[float, ...] = option((), "W", "absolute weights w = 1/β, as in the paper; a row each")
     episodes: int = option(50, "N", "episodes in a row, for each seed of training")
-    batch_size: int = option(256, "N", "chunks in a batch", "networks and optimiser")
+    batch_size: int = option(256, "N", "chunks in a batch", "networks and optimiser (see FAMILY)")
     lr: float = option(1e-3, "X", "learning rate of Adam")
     width: int = option(256, "N", "units in a hidden layer")
     critic_width: int = option(0, "N", "the same for critic and value; 0: WIDTH")
@@ -75,7 +75,6 @@ class Config:
 
 # ---- 2 Networks: parameters are plain pytrees, networks are pure functions ---------------------------------
 # Layers: Dense -> LayerNorm -> GELU, as in the official code. Sizes: B batch, S state, A action, H*A chunk.
-
 def init_mlp(key, sizes, actor=False):
     """Layers of an MLP with these sizes (input, hidden ..., output): a list of dicts of arrays."""
     keys, glorot = jax.random.split(key, len(sizes) - 1), jax.nn.initializers.glorot_uniform()
@@ -220,7 +219,7 @@ def update(state, batch, key, cfg):
         )
         return sum(losses.values()), losses
     grads, losses = jax.grad(loss, has_aux=True)(state.params)
-    info = losses | dict(q=q_min(target["critic"], s, a).mean())  # as in value_loss: compiled once, not twice
+    info = losses | dict(q=q_min(target["critic"], s, a).mean())  # XLA computes this once, with value_loss
     steps, opt = optax.adam(cfg.lr).update(grads, state.opt)
     averaged = {k: x for k, x in state.params.items() if k in target}
     target = target | optax.incremental_update(averaged, {k: target[k] for k in averaged}, 0.005)
@@ -238,7 +237,6 @@ def train(states, data, n, cfg):
 # ---- 5 Guidance: each step of the flow is nudged by the critic ---------------------------------------------
 # An estimator says where to push a_t (B, H*A) at t (B, 1). It may ask q(a) -> (B,), the min_k Q̄_k(s, a), and
 # flow(a, t) -> (B, H*A); v is flow(a_t, t), and T the number of Euler steps. A new one is a line in GUIDANCE.
-
 def grad_q(q, a):
     """∇_a q(a): a (B, H*A) -> (B, H*A)."""
     return jax.grad(lambda a: q(a).sum())(a)  # each row of a has its own term of the sum
@@ -259,12 +257,12 @@ GUIDANCE = {  # they differ in the action at which the critic is asked, and in w
     "qgf": lambda q, flow, a_t, t, v, T: grad_q(q, clean_estimate(a_t, t, v)),
     # Jᵀ ∇Q̄(s, â_1), which is the gradient of Q̄(s, â_1(a_t))
     "qgf-jacobian": lambda q, flow, a_t, t, v, T: grad_q(lambda a: q(clean_estimate(a, t, flow(a, t))), a_t),
-    # ∇Q̄ at the flow's own end, with J := 1; and back through every Euler step that remains
+    # ∇Q̄ at the flow's own end, with J := 1; bptt goes back through every Euler step that remains
     "qgf-chain": lambda q, flow, a_t, t, v, T: grad_q(q, integrate(flow, a_t, t, T)),
     "bptt": lambda q, flow, a_t, t, v, T: grad_q(lambda a: q(integrate(flow, a, t, T)), a_t),
     "qfql": lambda q, flow, a_t, t, v, T: grad_q(q, a_t),  # at the noisy action, where Q̄ was never trained
 }
-UNGUIDED = ("gradstep", "edp", "bc")  # ascent on Q after the flow; a flow trained towards Q; the plain flow
+OTHERS = ("gradstep", "edp", "bc")  # ascent on Q after the flow; a flow trained towards Q; the plain flow
 ASCENTS = 3  # steps of gradstep; the paper takes 3 to 5
 
 @partial(jax.jit, static_argnames=("method", "T"))
@@ -294,7 +292,7 @@ def sample_actions(nets, s, a_0, w, method, T):
 def relative_weight(guidance, nets, s, a_0, method, T):
     """w = λ / rms(g), so that the pushes w g have the rms λ. The mean is over states s (B, S), noise a_0
     (B, 1, H*A), all T steps of the unguided flow, and all H*A dimensions.
-    No flow corrects the steps of gradstep, which count double: together, the rms of all is λ / 2."""
+    No flow corrects the steps of gradstep: together, they get the rms λ / 2."""
     rms = float(sample_actions(nets, s, a_0, 0.0, method, T)[1])
     return guidance / max(rms, 1e-12) / (2 * ASCENTS if method == "gradstep" else 1)
 
@@ -519,8 +517,8 @@ class Chunks(gymnasium.Env):
 def parse_method(text):
     """qgf@4 -> qgf, 4."""
     name, N = re.fullmatch(r"(.*?)(?:@([1-9]\d*))?", text, re.DOTALL).groups(default="1")
-    if name not in (*GUIDANCE, *UNGUIDED):
-        names = ", ".join((*GUIDANCE, *UNGUIDED))
+    if name not in (*GUIDANCE, *OTHERS):
+        names = ", ".join((*GUIDANCE, *OTHERS))
         raise UserError(f"unknown method {text!r}: give NAME or NAME@4, with NAME one of {names}")
     return name, int(N)
 
@@ -550,11 +548,12 @@ def read_results(path, seeds):
     return {key: np.reshape(row, (seeds, -1, 4)) for key, row in rows.items()}
 
 def evaluate(states, probe, env_id, path, cfg):
-    """Play the rows that cfg asks for; each goes into episodes.csv at once. -> what `read_results` gives"""
+    """Play the rows that cfg asks for, and bc once; each goes into episodes.csv at once. -> as `read_results`"""
     nets = [jax.tree.map(lambda x: x[k], states.target) for k in range(cfg.seeds)]  # noqa: B023
     a_0 = jax.random.normal(jax.random.PRNGKey(0), (len(probe), 1, nets[0]["policy"][-1]["b"].size))
     strengths = [(g, 0.0) for g in cfg.guidance] + [(0.0, w) for w in cfg.weights]
-    rows = [(m, *x) for m in dict.fromkeys(("bc", *cfg.methods))
+    played = read_results(path, cfg.seeds).get((int(states.step[0]), "bc", 0.0, 0.0), [()])[0]
+    rows = [(m, *x) for m in dict.fromkeys(("bc", *cfg.methods)[len(played) >= cfg.episodes :])
             for x in ([(0.0, 0.0)] if parse_method(m)[0] in ("bc", "edp") else strengths)]
     make = partial(Chunks, env_id, cfg.horizon, cfg.sparse, SLOTS)
     envs = AsyncVectorEnv([make] * CORES, context="forkserver", autoreset_mode=AutoresetMode.DISABLED)
@@ -611,7 +610,7 @@ def save(folder, states, record, metrics):
     if not all(np.isfinite(x).all() for x in leaves):
         raise UserError(f"NaN or Inf at update {states.step[0]}: try a smaller --lr, and another --out")
     with atomic_write(folder / "metrics.csv") as file:
-        np.savetxt(file, metrics, "%.6g", ",", header=",".join(("step", "seed", *LOSSES)), comments="")
+        np.savetxt(file, metrics, "%.10g", ",", header=",".join(("step", "seed", *LOSSES)), comments="")
     with atomic_write(folder / "config.json") as file:
         file.write(json.dumps({k: v for k, v in record.items() if k != "probe"}, indent=1).encode())
     with atomic_write(folder / "checkpoint.npz") as file:
@@ -624,7 +623,8 @@ def load(path):
         record = json.loads(str(arrays["record"]))
         states = jax.eval_shape(lambda: init_states(record["sizes"], Config(**record["config"])))
         leaves = [jnp.asarray(arrays[f"arr_{i}"]) for i in range(len(jax.tree.leaves(states)))]
-        return jax.tree.unflatten(jax.tree.structure(states), leaves), record, arrays["metrics"].tolist()
+        metrics = arrays["metrics"].reshape(len(arrays["metrics"]), 2 + len(LOSSES)).tolist()
+        return jax.tree.unflatten(jax.tree.structure(states), leaves), record, metrics
     except Exception as e:
         raise UserError(f"{path} is no whole checkpoint ({e}): move it away or give another folder") from None
 
@@ -638,7 +638,7 @@ def lend(run, dataset):
     return dict(policy=states.target["policy"]), fixed
 
 def learn(states, record, metrics, paths, load_slice, folder, cfg):
-    """Train to cfg.updates, or to the first Ctrl-C; save each minute and at the end. -> States"""
+    """Train to cfg.updates, or to the first Ctrl-C (a second kills). Saves each minute. -> States"""
     step, saved, stop, coming = int(states.step[0]), time.monotonic(), [], None
     old = signal.signal(signal.SIGINT, lambda *_: stop.append(signal.signal(signal.SIGINT, old)))
     bar = progress(total=cfg.updates, initial=step, desc="training", unit=" updates")
@@ -672,7 +672,7 @@ FAMILY = {  # where Config's defaults fail, for tasks and goals alike; a young f
 ALIASES = dict(epochs="updates", steps="updates", gamma="discount", tau="expectile", task="env")
 
 def read_option(f, words):
-    """Words typed for a field -> its value: 1e5 -> 100000; for a tuple, 0.03,0.1 0.3 -> (0.03, 0.1, 0.3)."""
+    """Words typed for a field -> its value, at least 0: 1e5 -> 100000; 0.03,0.1 0.3 -> (0.03, 0.1, 0.3)."""
     low, high = 1e-9 * (f.default != 0), 1 if f.name in ("sparse", "discount", "expectile", "kappa") else 2e9
     many, kind = get_args(f.type), (*get_args(f.type), f.type)[0]
     words = [x for word in words for x in word.split(",") if x] if many else [words]
@@ -694,7 +694,7 @@ def parse(argv):
     parser.error, names = error, {f"--{f.name.replace('_', '-')}": f for f in fields(Config)}
     for name, f in names.items():
         group = parser.add_argument_group(f.metadata["group"]) if f.metadata["group"] else group  # noqa: F821
-        many, help = get_args(f.type), f.metadata["help"].format(methods=", ".join((*GUIDANCE, *UNGUIDED)))
+        many, help = get_args(f.type), f.metadata["help"].format(methods=", ".join((*GUIDANCE, *OTHERS)))
         default = " ".join(map(str, f.default)) if many else f.default
         help += f" [{default}]" * (default not in ("", 0))
         how = dict(nargs="+") if many else dict(nargs="?", const="1") if f.name == "sparse" else {}
@@ -725,7 +725,7 @@ def settings(given, name, source, saved, step):
         raise UserError("edp is a policy of its own, which this run does not train: train one with --edp 100")
     if 0 < cfg.long_horizon < cfg.horizon:
         raise UserError(f"--long-horizon {cfg.long_horizon} is shorter than --horizon {cfg.horizon}")
-    if "data" in given and not Path(cfg.data).exists():
+    if "data" in given and not (cfg.data and Path(cfg.data).exists()):
         raise UserError(f"--data {cfg.data} does not exist")
     return cfg
 

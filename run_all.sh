@@ -2,22 +2,21 @@
 # SPDX-License-Identifier: MIT
 # Train and evaluate QGF on a list of tasks, one after the other, and print a table of all results.
 #
-#   ./run_all.sh                                          the five tasks of cube-single, scene, puzzle-3x3 and
-#                                                         cube-double, seed 0; tasks 2 to 5 use the flow of task 1
-#                                                         (about eight hours, data included)
+#   ./run_all.sh                                          five tasks of cube-single, scene, puzzle-3x3, cube-double
+#                                                         (about eight hours); tasks 2 to 5 use the flow of task 1
 #   ./run_all.sh "cube-single scene-task1" "0 1"          these tasks, a run for each of these seeds
 #   ./run_all.sh "scene" "0" --updates 200000             further options go to qgf.py
 #   DATA=/big ./run_all.sh paper "0" --seeds 10           the paper's 20 tasks and settings on OGBench's 100M sets,
 #                                                         which are in folders such as /big/scene-play-100m-v0
-#   ./run_all.sh --dry-run paper | parallel -j 4          only print the commands; GNU parallel runs four at a time
-#   sbatch --gpus=1 --array=0-19 run_all.sh paper         SLURM: each array task does one run of the list
+#   DATA=/big ./run_all.sh --dry-run paper | parallel     only print the commands; GNU parallel runs them
+#   DATA=/big sbatch -G1 --array=0-19 run_all.sh paper    SLURM: each array task does one run of the list
 #   OUT=/big/runs PYTHON=python3.12 ./run_all.sh          another folder of runs, another Python
 #
 # Given again, it resumes what was stopped. It exits with 1, and a list, if a run failed; the others run all the same.
-set -o pipefail # not -u, for which an empty array is an error in the Bash that macOS brings
+set -o pipefail # so that an empty glob fails; not -u: an empty array is an error in the Bash of macOS
 here=$(cd "$(dirname "$0")" && pwd)
 [ -e "$here/qgf.py" ] || here=$SLURM_SUBMIT_DIR # sbatch runs a copy of this script from elsewhere
-if [ "$1" = --help ] || [ "$1" = -h ]; then sed -n '3,17s/^# \{0,1\}//p' "$0" && exit; fi
+if [ "$1" = --help ] || [ "$1" = -h ]; then sed -n '3,16s/^# \{0,1\}//p' "$0" && exit; fi
 if [ "$1" = --dry-run ]; then dry=1 && shift; fi
 tasks() { for env in "$@"; do for task in 1 2 3 4 5; do echo "$env-task$task"; done; done; }
 paper=(--updates 500000 --batch-size 1024 --width 1024 --critic-width 0 --depth 4 --lr 3e-4 --discount 0.999 --sparse 0)
@@ -32,7 +31,8 @@ fail() { echo "run_all.sh: $*" >&2 && exit 1; }
 [ -z "$DATA" ] || [ -d "$DATA" ] || fail "DATA=$DATA is no folder"
 trap 'fail "interrupted; the same command resumes"' INT TERM
 for env in $envs; do
-  data=() && [ -z "$DATA" ] || data=(--data "$(compgen -G "$DATA/${env%-task?}-play-*" | head -n 1)")
+  base=${env%-task?} && files=${base%-goal}-play-* && data=()
+  [ -z "$DATA" ] || data=(--data "$(compgen -G "$DATA/$files" | head -n 1)") || fail "no $files in $DATA"
   for seed in ${2:-0}; do
     if [ -n "$SLURM_ARRAY_TASK_ID" ] && [ "$SLURM_ARRAY_TASK_ID" != "$((number++))" ]; then continue; fi
     policy=() && [ -z "$share" ] || [[ $env == *1 ]] || policy=(--policy "$out/${env%?}1-s$seed")
@@ -41,5 +41,5 @@ for env in $envs; do
     "${run[@]}" || failed+=("$env-s$seed")
   done
 done
-[ -n "$dry$SLURM_ARRAY_TASK_ID" ] || PYTHONPATH=$here "$python" "$here/.github/table.py" "$out"
+[ -n "$dry$SLURM_ARRAY_TASK_ID" ] || PYTHONPATH=$here "$python" "$here/.github/table.py" "$out" || failed+=(table)
 [ ${#failed[@]} -eq 0 ] || fail "failed: ${failed[*]}"

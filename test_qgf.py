@@ -4,7 +4,6 @@ import csv, http.server, math, os, signal, subprocess, sys, threading, time, typ
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-
 import gymnasium
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,6 @@ import numpy as np
 import ogbench
 import pytest
 from scipy.integrate import quad, solve_ivp
-
 import qgf
 
 S, A = 4, 2
@@ -28,8 +26,7 @@ def random_data(n=60, lengths=(7, 20, 4, 29), seed=0):
     rng, last = np.random.default_rng(seed), np.cumsum(lengths) - 1
     masks = np.float32(rng.random(n) > 0.2)
     masks[last] = np.arange(len(last)) != 1
-    return dict(
-        observations=np.float32(rng.normal(size=(n, S))), actions=np.float32(rng.uniform(-1, 1, (n, A))),
+    return dict(observations=np.float32(rng.normal(size=(n, S))), actions=np.float32(rng.uniform(-1, 1, (n, A))),
         rewards=np.float32(rng.normal(size=n)), masks=masks, ends=last[np.searchsorted(last, np.arange(n))])
 
 def on_device(raw, R):
@@ -43,8 +40,7 @@ DATA = on_device(random_data(), CFG.horizon)
 def some_state(cfg=CFG, goals=0):
     """A State of one seed whose averages differ from its parameters."""
     state, rng = jax.tree.map(lambda x: x[0], qgf.init_states((S, goals, A), cfg)), np.random.default_rng(7)
-    return state._replace(target=jax.tree.map(
-        lambda x: x + np.float32(0.1 * rng.normal(size=x.shape)), state.target))
+    return state._replace(target=jax.tree.map(lambda x: x + np.float32(0.1 * rng.normal(size=x.shape)), state.target))
 def batch_of(cfg=CFG, data=DATA):
     return sample_batch(jax.random.PRNGKey(5), data, cfg)
 
@@ -147,9 +143,7 @@ def test_edp_loss_equals_a_numpy_loop_and_leaves_the_others_alone():
 def test_dqc_loss_equals_a_numpy_loop_and_reaches_both_critics_alone():
     cfg = replace(CFG, long_horizon=4, kappa=0.8)
     data = on_device(random_data(), 4)
-    assert data["n_starts"] == 60 - 4 * 4 + 1  # whole long chunks only; one needs no state after it
     state, batch = some_state(cfg), jax.device_get(batch_of(cfg, data))
-    assert batch["long_actions"].shape == (32, 4 * A)
     np.testing.assert_array_equal(batch["long_actions"][:, : 3 * A], batch["actions"])
     s, p = batch["observations"], state.params
     q_long, q = numpy_q(p["long_critic"], s, batch["long_actions"]), numpy_q(p["critic"], s, batch["actions"])
@@ -169,8 +163,7 @@ def test_dqc_loss_equals_a_numpy_loop_and_reaches_both_critics_alone():
 def test_each_loss_reaches_its_own_network_and_the_averages_take_in_the_old_ones():
     state, batch = some_state(), batch_of()
     together, info = update(state, batch, KEY, CFG)
-    losses = dict(
-        policy=lambda p: qgf.flow_matching_loss(p, batch, KEY, CFG),
+    losses = dict(policy=lambda p: qgf.flow_matching_loss(p, batch, KEY, CFG),
         critic=lambda p: qgf.critic_loss(p, state.params["value"], batch),
         value=lambda p: qgf.value_loss(p, state.target["critic"], batch, CFG))
     for name, loss in losses.items():
@@ -188,15 +181,15 @@ def test_each_loss_reaches_its_own_network_and_the_averages_take_in_the_old_ones
     assert_same(fresh.target, {k: fresh.params[k] for k in ("policy", "critic", "edp")})
 
 # ---- batches and goals -------------------------------------------------------------------------------------
-@pytest.mark.parametrize("sparse", [False, True])
-def test_chunks_stay_in_one_trajectory_and_returns_stop_at_success(tmp_path, monkeypatch, sparse):
-    raw, H = random_data(), CFG.horizon
+@pytest.mark.parametrize("sparse, H", [(False, CFG.horizon), (True, 4)])  # 4 are DQC's long chunks
+def test_chunks_stay_in_one_trajectory_and_returns_stop_at_success(tmp_path, monkeypatch, sparse, H):
+    raw = random_data()
     monkeypatch.setattr(FakeEnv, "sparse", sparse)
     data = qgf.load_dataset(write(tmp_path / "d.npz"), FakeEnv, H)
     starts = [i for i in range(60) if i + H < 60 and raw["ends"][i] == raw["ends"][i + H]]
     starts = sorted([*starts, 27 - H])  # rows 7 to 26 end with a success, and need no state after that
     assert data["starts"][: data["n_starts"]].tolist() == starts
-    batch, drawn = jax.device_get(sample_batch(KEY, data, replace(CFG, batch_size=500))), set()
+    batch, drawn = jax.device_get(sample_batch(KEY, data, replace(CFG, batch_size=500, long_horizon=H))), set()
     for k in range(500):
         i = int(np.flatnonzero((raw["observations"] == batch["observations"][k]).all(axis=1))[0])
         drawn.add(i)
@@ -208,7 +201,7 @@ def test_chunks_stay_in_one_trajectory_and_returns_stop_at_success(tmp_path, mon
                 break
         assert batch["returns"][k] == pytest.approx(ret, abs=1e-5)
         assert batch["discounts"][k] == pytest.approx(discount)
-        np.testing.assert_array_equal(batch["actions"][k], raw["actions"][i : i + H].ravel())
+        np.testing.assert_array_equal(batch["long_actions"][k], raw["actions"][i : i + H].ravel())
         if discount:
             np.testing.assert_array_equal(batch["next_observations"][k], raw["observations"][i + H])
     assert drawn == set(starts)  # 500 draws of 49 starts
@@ -216,11 +209,11 @@ def test_chunks_stay_in_one_trajectory_and_returns_stop_at_success(tmp_path, mon
 @pytest.mark.parametrize("alike", [1, 4])
 def test_hindsight_goals_rewards_and_masks_equal_a_brute_force_loop(alike):
     raw, n, i = random_data() | dict(masks=np.ones(60, np.float32)), 6000, np.arange(60)
-    rows = np.float32(i // alike + 0.1 * (i % alike))[:, None]  # `alike` successive rows are near each other
+    rows = np.float32([i // alike + 0.1 * (i % alike), 0.1 * (i % 2)]).T  # `alike` successive rows are near each other
     data = on_device(raw | dict(goals=rows), CFG.horizon)
-    batch, kinds = jax.device_get(sample_batch(KEY, data, replace(CFG, batch_size=n))), [0, 0, 0]
+    batch, kinds = jax.device_get(sample_batch(KEY, data, replace(CFG, batch_size=n))), [0, 0, 0, 0]
     for k in range(n):
-        s, goal = batch["observations"][k, :S], int(np.flatnonzero(rows == batch["observations"][k, S])[0])
+        s, goal = batch["observations"][k, :S], int(np.flatnonzero(rows[:, 0] == batch["observations"][k, S])[0])
         i = int(np.flatnonzero((raw["observations"] == s).all(axis=1))[0])
         ret, discount = 0.0, CFG.discount**CFG.horizon
         for j in range(CFG.horizon):
@@ -230,16 +223,18 @@ def test_hindsight_goals_rewards_and_masks_equal_a_brute_force_loop(alike):
             ret -= CFG.discount**j
         assert batch["returns"][k] == pytest.approx(ret, abs=1e-5)
         assert batch["discounts"][k] == pytest.approx(discount)
-        want = [*raw["observations"][i + CFG.horizon], rows[goal, 0]]  # the same goal after the chunk
+        want = [*raw["observations"][i + CFG.horizon], *rows[goal]]  # the same goal after the chunk
         np.testing.assert_array_equal(batch["next_observations"][k], np.float32(want))
-        kinds[0 if goal == i else 1 if i < goal <= raw["ends"][i] else 2] += 1
+        kinds[0 if goal == i else 3 if goal == raw["ends"][i] else 1 if i < goal < raw["ends"][i] else 2] += 1
     starts = np.asarray(data["starts"][: data["n_starts"]])
-    later = np.mean((raw["ends"][starts] - starts) / 60)  # how often any row is a later one of the trajectory
-    present, later = 0.2 + 0.3 / 60, 0.5 + 0.3 * later
-    np.testing.assert_allclose(np.array(kinds) / n, [present, later, 1 - present - later], atol=0.02)
+    left = raw["ends"][starts] - starts  # later rows of the trajectory; the last of them is one
+    present, later, last = 0.2 + 0.3 / 60, *(np.mean(0.5 * x + 0.3 * x * left / 60) for x in (1, 1 / left))
+    np.testing.assert_allclose(np.array(kinds) / n, [present, later - last, 1 - present - later, last], atol=0.01)
 
 def test_the_flow_is_blind_to_goals_while_that_of_edp_and_the_critic_see_them():
-    params = qgf.init_params(KEY, (S, 2, A), replace(CFG, edp=1.0))
+    params = qgf.init_params(KEY, (S, 2, A), replace(CFG, edp=1.0, critic_width=8))
+    assert ["scale" in layer for layer in params["policy"]] == [True, False, False]  # as in the official code
+    assert params["critic"][0]["w"].shape == (2, S + 2 + CFG.horizon * A, 8)
     a, t = jnp.zeros((2, CFG.horizon * A)), jnp.zeros((2, 1))
     s = jnp.zeros((2, S + 2)).at[1, S:].set(1.0)  # two goals in the same state
     blind, seeing = (qgf.velocity(params[k], s, a, t) for k in ("policy", "edp"))
@@ -279,9 +274,7 @@ def toy():
     data = dict(observations=np.zeros((n, 1), np.float32), actions=actions, rewards=actions[:, 0])
     data |= dict(masks=np.zeros(n, np.float32), ends=np.arange(n) | 1)
     cfg = qgf.Config(width=64, depth=2, horizon=1, edp=0.2)
-    states, info = qgf.train(qgf.init_states((1, 0, 2), cfg), on_device(data, 1), 1500, cfg)
-    assert info["flow_loss"][0, -100:].mean() < info["flow_loss"][0, :20].mean()
-    assert info["critic_loss"][0, -100:].mean() < 0.01
+    states, _ = qgf.train(qgf.init_states((1, 0, 2), cfg), on_device(data, 1), 1500, cfg)
     return jax.tree.map(lambda x: x[0], states.target)
 
 def test_a_toy_bandit_is_solved(toy):
@@ -406,15 +399,6 @@ def test_relative_weight_is_lambda_over_the_rms_along_the_unguided_flow():
     w = qgf.relative_weight(0.1, nets, s, a_0, "qgf", 5)
     assert w == pytest.approx(0.1 / np.sqrt(np.mean(squares)), rel=1e-5)
 
-def test_ten_times_the_rewards_leave_the_actions_as_they_are():
-    nets, s, a_0 = sampling(B=20)
-    last = nets["critic"][-1]
-    tenfold = nets | dict(critic=[*nets["critic"][:-1], dict(w=10 * last["w"], b=10 * last["b"])])
-    for method in (*qgf.GUIDANCE, "gradstep"):
-        a, b = (sample(n, s, a_0, qgf.relative_weight(0.2, n, s, a_0, method, 5), method) for n in (nets, tenfold))
-        np.testing.assert_allclose(a, b, atol=1e-4)
-        assert abs(a - sample(nets, s, a_0, 0.0)).max() > 1e-3
-
 # ---- closed forms: the reference is N(μ, σ²) with its exact velocity, and guided flows are linear ODEs ------
 def guided(monkeypatch, q, velocity, w, a_0, method="qgf", T=2000):
     """Samples from these rows of noise, where the critic is q and the flow has this velocity."""
@@ -436,13 +420,8 @@ def test_with_the_jacobian_and_the_score_schedule_guidance_is_exact_for_a_linear
     got = guided(monkeypatch, lambda a: g * a, gaussian_velocity(mu, sigma), w, a_0, "exact")
     np.testing.assert_allclose(got, mu + w * sigma**2 * g + sigma * a_0, atol=2e-3)  # mean .545, deviation σ
     got = guided(monkeypatch, lambda a: g * a, gaussian_velocity(mu, sigma), w, a_0)
-    integral = (math.asinh(sigma) + math.asinh(1 / sigma)) / math.sqrt(1 + sigma**2)
-    assert integral == pytest.approx(quad(lambda t: ((1 - t) ** 2 + (t * sigma) ** 2) ** -0.5, 0, 1)[0])
+    integral = quad(lambda t: ((1 - t) ** 2 + (t * sigma) ** 2) ** -0.5, 0, 1)[0]
     np.testing.assert_allclose(got, mu + w * sigma * g * integral + sigma * a_0, atol=2e-3)
-    assert mu + w * sigma * g * integral == pytest.approx(0.818, abs=1e-3)
-    t = np.linspace(0, 0.5, 99)  # at σ = 1 the exact coefficient is close to QGF's, 1, until half-way
-    coefficient = (1 - t) / ((1 - t) ** 2 + t**2)
-    assert coefficient.min() >= 1 and coefficient.max() < 1.21
 
 @pytest.mark.parametrize("method", qgf.GUIDANCE)
 def test_guided_samples_of_a_gaussian_land_where_each_methods_ode_says(monkeypatch, method):
@@ -463,9 +442,8 @@ def test_guided_samples_of_a_gaussian_land_where_each_methods_ode_says(monkeypat
 
 # ---- names, data, tables -----------------------------------------------------------------------------------
 def test_names_of_tasks_and_methods():
-    want = ("cube-double-task3", "cube-double-singletask-task3-v0", "cube-double-play-v0")
     for name in ("cube-double-task3", "cube-double-play-singletask-task3-v0", "cube-double-singletask-task3-v0"):
-        assert qgf.find_task(name) == want
+        assert qgf.find_task(name) == ("cube-double-task3", "cube-double-singletask-task3-v0", "cube-double-play-v0")
     assert qgf.find_task("cube-double-goal") == ("cube-double-goal", "cube-double-v0", "cube-double-play-v0")
     assert qgf.find_task("antmaze-large")[2] == "antmaze-large-navigate-v0"
     assert qgf.parse_method("bc") == ("bc", 1) and qgf.parse_method("qgf-jacobian@16") == ("qgf-jacobian", 16)
@@ -494,8 +472,7 @@ def test_a_sparse_return_counts_the_steps_until_the_task_is_solved(monkeypatch):
 @pytest.mark.parametrize("changes, words", [
     (dict(actions=np.zeros((60, 3))), "`actions` has shape (60, 3)"),
     (dict(observations=np.zeros((60, 9))), "`observations` has shape (60, 9)"),
-    (dict(terminals=np.zeros(5)), "`terminals` has shape (5,)"),
-    (dict(rewards=None), "no dataset of cube-single"),
+    (dict(terminals=np.zeros(5)), "`terminals` has shape (5,)"), (dict(rewards=None), "no dataset of cube-single"),
     (dict(rewards=np.full(60, np.nan)), "`rewards` has shape (60,) and 60 NaN or Inf"),
     (dict(observations=np.full((60, S), np.inf)), "240 NaN or Inf"),
     (dict(actions=np.full((60, A), 3.0)), "actions reach 3"),
@@ -524,8 +501,7 @@ def test_download_takes_the_second_host_and_leaves_nothing_half_written(tmp_path
             self.send_header("Content-Length", "1000")
             self.end_headers()
             self.wfile.write(b"x" * (500 if "cut" in self.path else 1000))
-        def log_message(self, *_):
-            pass
+        log_message = lambda *_: None
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}"
@@ -596,26 +572,43 @@ def test_goals_in_data_are_those_that_the_environment_gives(env_id, tmp_path):
 
 def test_rollout_plays_every_episode_once_and_as_if_it_were_alone(monkeypatch):
     """Two processes (here in one) of two environments each; actions are noise and state, rewards tell them apart."""
-    monkeypatch.setattr(qgf, "sample_actions", lambda nets, s, a_0, w, method, T: (0.5 * a_0[:, -1] + s[:, -1:], None))
+    monkeypatch.setattr(qgf, "sample_actions", lambda nets, s, a, w, m, T: (nets[m] * w * T * a[:, -1] + s[:, -1:], None))
     pair, one = [qgf.Chunks("cube-single-v0", 5, M=2) for _ in range(2)], qgf.Chunks("cube-single-v0", 5)
     monkeypatch.setattr(type(one.envs[0].unwrapped), "compute_reward", lambda self: self._data.qpos.sum())
     both = lambda results: jax.tree.map(lambda *x: np.stack(x), *results)
-    envs = types.SimpleNamespace(
-        action_space=gymnasium.spaces.Box(-1, 1, (2, 2, 5, 5)),
+    envs = types.SimpleNamespace(action_space=gymnasium.spaces.Box(-1, 1, (2, 2, 5, 5)),
         reset=lambda seed, options: both([c.reset(seed=s, options=options) for c, s in zip(pair, seed)]),
         step=lambda chunks: both([c.step(x) for c, x in zip(pair, chunks)]))
-    x, goals = qgf.rollout(envs, None, 0.1, "bc", replace(CFG, episodes=5)), set()
+    x, goals = qgf.rollout(envs, dict(qgf=2.0), 0.05, "qgf@2", replace(CFG, episodes=5)), []
     for i in range(5):
         obs, info = one.reset(seed=qgf.FIRST_EPISODE + i)
         rng, total = np.random.default_rng(qgf.FIRST_EPISODE + i), np.zeros(3)
-        goals.add(obs[0, 28:].tobytes())  # the goal, a cube's position, is at the end
+        goals.append((one.envs[0].unwrapped.cur_task_id, obs[0, 28:].tobytes()))  # a goal is at the end
         while info["seed"][0] == qgf.FIRST_EPISODE + i:
-            chunk = 0.5 * np.float32(rng.standard_normal(25)) + obs[0, -1]
+            chunk = 0.5 * np.float32(rng.standard_normal((2, 25)))[-1] + obs[0, -1]
             obs, new, _, _, info = one.step(chunk.reshape(1, 5, 5))
             total += new[0]
         np.testing.assert_array_equal(x[i], total)
     assert one.sizes == (28, 3, 5) and (x[:, 2] == 200).all() and len(set(x[:, 1])) == 5
-    assert len(goals) == 5  # as OGBench has
+    assert [g[0] for g in goals] == [1, 2, 3, 4, 5] and len(set(goals)) == 5  # as OGBench has
+
+def test_evaluate_acts_by_the_averages_of_each_seed_with_its_own_weight(monkeypatch, tmp_path):
+    cfg, seen = replace(CFG, seeds=2, methods=("qgf@2",)), []
+    states, probe = qgf.init_states((S, 0, A), cfg), np.float32(np.random.default_rng(0).normal(size=(9, S)))
+    monkeypatch.setattr(qgf, "AsyncVectorEnv", lambda *_, **__: types.SimpleNamespace(close=lambda terminate: None))
+    monkeypatch.setattr(qgf, "rollout", lambda envs, *x: seen.append(x) or np.zeros((x[-1].episodes, 3)))
+    qgf.evaluate(states._replace(params=None), probe, "cube-single-v0", tmp_path / "e.csv", cfg)
+    nets = [jax.tree.map(lambda x: x[k], states.target) for k in range(2)]  # noqa: B023
+    a_0 = jax.random.normal(KEY, (9, 1, CFG.horizon * A))
+    weights = [0, 0, *(qgf.relative_weight(0.1, net, probe, a_0, "qgf", CFG.denoise_steps) for net in nets)]
+    for (net, w, method, _), k, want in zip(seen, (0, 1, 0, 1), weights, strict=True):
+        assert_same(net, nets[k])
+        assert w == want and method == ("qgf@2" if w else "bc")
+    for episodes, played in (40, {"bptt"}), (60, {"bptt", "bc"}):  # bc is played again only where it is too short
+        seen.clear()
+        cfg = replace(cfg, methods=("bptt",), episodes=episodes)
+        qgf.evaluate(states, probe, "cube-single-v0", tmp_path / "e.csv", cfg)
+        assert {method for _, _, method, _ in seen} == played
 
 # ---- runs: the command line, on collected data, in the real simulator ----------------------------------------
 SMALL = "--collect 2000 --width 16 --depth 2 --batch-size 32 --episodes 2".split()
@@ -741,18 +734,12 @@ def main(whole, *args):
     return qgf.main(["--out", str(whole), *SMALL, *map(str, args)])
 
 @pytest.mark.parametrize("args, words", [
-    (["--env", "cube-duble"], "these are .*: cube-double"),
-    (["--env", "cube-single-task9"], "these are"),
-    (["--env", "halfcheetah-medium-v2"], "no state-based OGBench task"),
+    (["--env", "cube-duble"], "these are .*: cube-double"), (["--env", "cube-single-task9"], "these are"),
     (["--env", "visual-cube-single-play-v0"], "no state-based OGBench task"),
-    (["--lr", "-1"], "--lr -1: give a number above 0"),
-    (["--lr", "fast"], "--lr fast: give a number above 0"),
-    (["--updates", "1.5"], "--updates 1.5: give a whole number"),
+    (["--lr", "-1"], "--lr -1: give a number above 0"), (["--updates", "1.5"], "--updates 1.5: give a whole number"),
     (["--discount", "1.5"], "--discount 1.5: give a number above 0, at most 1"),
-    (["--epochs", "5"], "unknown option --epochs: did you mean --updates?"),
-    (["--upd", "5"], "unknown option --upd"),
-    (["--env"], "expected one argument"),
-    (["--updates", "50"], "updates already"),
+    (["--epochs", "5"], "unknown option --epochs: did you mean --updates?"), (["--upd", "5"], "unknown option --upd"),
+    (["--env"], "expected one argument"), (["--updates", "50"], "updates already"),
     (["--data", "nowhere.npz", "--out", "other"], "nowhere.npz does not exist"),
     (["--data", "nowhere.npz"], "holds a run with --data"),
     (["--sparse", "2"], "--sparse 2: give a whole number from 0, at most 1"),
@@ -760,11 +747,10 @@ def main(whole, *args):
     (["--env", "cube-single-task3", "--policy", "unfinished", "--out", "other"], "update .* finished run"),
     (["--env", "cube-single-goal", "--policy", "whole/cube-single-s0", "--out", "other", "--horizon", "1"], "with --horizon 5"),
     (["--env", "cube-single-task3", "--policy", "gone", "--out", "other"], "gone/checkpoint.npz is no whole"),
-    (["--seeds", "2"], "holds a run with --seeds 1"),
-    (["--width", "32"], "holds a run with --width 16"),
+    (["--seeds", "2"], "holds a run with --seeds 1"), (["--width", "32"], "holds a run with --width 16"),
     (["--long-horizon", "3", "--out", "other"], "--long-horizon 3 is shorter than --horizon 5"),
-    (["--methods", "qgf", "best"], "unknown method 'best'"),
-    (["--methods", "edp@4"], "train one with --edp"),
+    (["--methods", "qgf", "best"], "unknown method 'best'"), (["--methods", "edp@4"], "train one with --edp"),
+    (["--long-horizon", "2000", "--out", "other"], "no trajectory has 2000 actions"),
     (["--env", "antmaze-large", "--collect", "1000"], "no scripted policy makes antmaze-large-navigate-v0"),
 ])
 def test_a_users_mistake_gets_one_clear_line(home, whole, monkeypatch, args, words):
@@ -781,16 +767,17 @@ def test_a_users_mistake_gets_one_clear_line(home, whole, monkeypatch, args, wor
 def test_words_are_read_kindly_and_a_family_has_its_defaults():
     given = qgf.parse("--updates 1e5 --guidance 0.03,0.1 0.3 --methods qgf,bptt --seed 0 --sparse".split())
     assert given == dict(updates=100_000, guidance=(0.03, 0.1, 0.3), methods=("qgf", "bptt"), seed=0, sparse=1)
-    assert qgf.settings({}, "cube-double-goal", "", {}, 0) == qgf.Config(env="cube-double-goal", **qgf.FAMILY["cube-double"])
+    for name, family in {"cube-double-goal": "cube-double", "scene-task2": "scene"}.items():
+        assert qgf.settings({}, name, "", {}, 0) == qgf.Config(env=name, **qgf.FAMILY[family])
+    assert pytest.raises(SystemExit, qgf.parse, ["--help"]).value.code == 0
 
 def test_other_data_a_damaged_and_an_older_checkpoint_are_refused_and_kept(home, whole, monkeypatch, tmp_path):
-    data, updates = home / ".ogbench/data", int(checkpoint(whole)["metrics"][-1, 0])
-    with np.load(data / "cube-single-play-v0-collected-2000.npz") as file:
-        (tmp_path / "data").mkdir()
-        np.savez(tmp_path / "data/cube-single-play-v0-collected-2000.npz", **{k: v[:1001] for k, v in file.items()})
-    monkeypatch.setattr(qgf, "DATA_DIR", tmp_path / "data")
+    name = "cube-single-play-v0-collected-2000.npz"
+    with np.load(home / ".ogbench/data" / name) as file:
+        np.savez(tmp_path / name, **{k: v[:1001] for k, v in file.items()})
+    monkeypatch.setattr(qgf, "DATA_DIR", tmp_path)
     with pytest.raises(qgf.UserError, match="was trained on other data"):
-        main(whole, "--updates", updates + 100)
+        main(whole, "--updates", 10**6)
     path = tmp_path / "cube-single-s0/checkpoint.npz"
     path.parent.mkdir()
     path.write_bytes((whole / "cube-single-s0/checkpoint.npz").read_bytes()[:3000])
@@ -798,9 +785,21 @@ def test_other_data_a_damaged_and_an_older_checkpoint_are_refused_and_kept(home,
         main(tmp_path)
     assert path.stat().st_size == 3000
     arrays = checkpoint(whole)
-    np.savez(path, **arrays | dict(record=str(arrays["record"]).replace('"lr"', '"choose": 20, "lr"')))
-    with pytest.raises(qgf.UserError, match="choose"):
-        main(tmp_path)
+    for change in dict(record=str(arrays["record"]).replace('"lr"', '"choose"')), dict(metrics=arrays["metrics"][:, 1:]):
+        np.savez(path, **arrays | change)
+        with pytest.raises(qgf.UserError, match="choose|reshape"):
+            main(tmp_path)
+
+def test_a_resumed_run_goes_on_with_its_slice_and_saves_each_minute(monkeypatch, tmp_path):
+    seen, clock = [], iter(range(0, 10**6, 4))  # each look at the clock takes 4 s
+    def train(states, data, n, cfg):
+        seen.append(data * (n // 50))
+        return states, {k: np.zeros((1, n)) for k in qgf.LOSSES}
+    monkeypatch.setattr(qgf, "train", train)
+    monkeypatch.setattr(qgf, "save", lambda *_: seen.append("."))
+    monkeypatch.setattr(qgf, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+    qgf.learn(types.SimpleNamespace(step=[950]), {}, [], "abc", str, tmp_path, replace(CFG, updates=3250))
+    assert "".join(seen).replace(".", "") == "a" + 20 * "b" + 20 * "c" + 5 * "a" and seen.count(".") == 2
 
 def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(whole, monkeypatch):
     before, real = checkpoint(whole), qgf.train
@@ -832,8 +831,9 @@ def test_run_all_explains_itself_and_refuses_what_cannot_work(tmp_path):
     assert "./run_all.sh" in run_all("--help").stdout
     p = run_all("cube-single", PYTHON="no-such-python")
     assert p.returncode == 1 and "no-such-python" in p.stderr and p.stderr.count("\n") == 1
-    p = run_all("cube-single", DATA="/nowhere")
-    assert p.returncode == 1 and "/nowhere" in p.stderr and p.stderr.count("\n") == 1
+    for folder, words in {"/nowhere": "DATA=/nowhere is no folder", str(HERE): "no scene-play-* in"}.items():
+        p = run_all("scene-task2", DATA=folder)
+        assert p.returncode == 1 and words in p.stderr and p.stderr.count("\n") == 1
 
 def test_tasks_2_to_5_of_the_default_list_use_the_flow_of_task_1():
     calls = [line.split() for line in run_all("--dry-run", "", "3", OUT="o").stdout.splitlines()]
@@ -851,10 +851,10 @@ def test_a_slurm_task_takes_one_run_of_the_list(tmp_path):
 
 def test_the_table_of_a_folder_pools_tasks_and_seeds_and_counts_none_twice(tmp_path):
     header = "env,seed,episode,updates,method,guidance,weight,success,return,length"
-    def save(folder, env, seeds, wins, updates=100):
+    def save(folder, env, seeds, wins):
         (tmp_path / folder).mkdir(parents=True)
-        lines = [f"{env},{s},{i},{updates},{m},{g},{0.5 * g},{float(i < w)},-1.0,9.0" for s in seeds
-                 for m, g, w in (("bc", 0.0, 0), ("qgf", 0.1, wins)) for i in range(10)]
+        lines = [f"{env},{s},{i},{u},{m},{g},{0.5 * g},{float(i < w)},-1.0,9.0" for s in seeds for i in range(10)
+                 for u, m, g, w in ((50, "qgf", 0.1, 10), (100, "bc", 0.0, 0), (100, "qgf", 0.1, wins))]
         (tmp_path / folder / "episodes.csv").write_text("\n".join([header, *lines, ""]))
     save("cube-triple-task1-s0", "cube-triple-task1", (0, 1), 9)
     save("cube-triple-task2-s0", "cube-triple-task2", (0,), 3)
@@ -862,7 +862,7 @@ def test_the_table_of_a_folder_pools_tasks_and_seeds_and_counts_none_twice(tmp_p
     save("more/scene-s0", "scene", (0,), 10)
     command = [sys.executable, HERE / ".github/table.py", tmp_path]
     out = subprocess.run(command, env=os.environ | dict(PYTHONPATH=str(HERE)), text=True, capture_output=True).stdout
-    assert "cube-triple: 3 runs" in out and "more/scene: 1 run" in out
+    assert "cube-triple: 3 runs" in out and "more/scene: 1 run" in out and "| `qgf` | 0.45 | 0.30 | 0.38 |" in out
     assert [line.split()[3:5] for line in out.splitlines() if line.startswith("qgf ")][0] == ["30", "0.40"]
 
 def forked(page):
@@ -896,5 +896,5 @@ def test_the_new_loss_for_forks_runs_and_reaches_the_critic_alone():
     plain, without = update(state, batch, KEY, CFG)
     assert info.pop("conservative_loss") != 0
     assert_close(info, without, rtol=1e-5)
-    assert_close(ours.params["policy"], plain.params["policy"], atol=2e-5)
+    assert_close(*({k: x.params[k] for k in ("policy", "value")} for x in (ours, plain)), atol=2e-5)
     assert "critic" in changed(ours.params, plain.params)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Speed as ratios: what is compared runs alternately, several times, on this machine, which should do nothing else.
+"""Speed, on this machine, which should do nothing else. What `updates`, `seeds` and `rollout` compare runs alternately.
 
 PYTHONPATH=. python .github/bench.py updates [CLONE]   of four sizes; next to the official code's, from its clone
 PYTHONPATH=. python .github/bench.py seeds             several seeds at once by vmap, next to one alone
@@ -160,7 +160,7 @@ def rollout():
     nets = jax.tree.map(lambda x: x[0], qgf.init_states((S, 0, A), cfg).target)
     envs = environments(env_id)
     alone, rng = qgf.Chunks(env_id, H), np.random.default_rng(0)
-    for _ in range(3):
+    for i in range(4):
         start = time.perf_counter()
         rate = qgf.rollout(envs, nets, 0.0, "bc", cfg)[:, 2].sum() / (time.perf_counter() - start)
         alone.reset(seed=0)
@@ -168,7 +168,8 @@ def rollout():
         for _ in range(40):
             steps += alone.step(rng.uniform(-1, 1, (1, H, A)))[1][0, 2]
         single = steps / (time.perf_counter() - start)
-        print(f"{rate:.0f} steps/s, env.step in one process {single:.0f}, ratio {rate / single:.2f}", flush=True)
+        if i:  # the first compiles, and makes the environments
+            print(f"{rate:.0f} steps/s, env.step in one process {single:.0f}, ratio {rate / single:.2f}", flush=True)
     envs.close(terminate=True)
 
 

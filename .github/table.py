@@ -17,7 +17,8 @@ def families(folder):
     """{family: {run (environment, seed of training): {(method, λ, w): (episodes, 4)}}}, after a run's most updates."""
     found = {}
     for path in sorted(Path(folder).glob("**/episodes.csv")):
-        name = re.sub(r"(-task\d)?-s\d+$", "", str(path.parent.relative_to(folder)))  # "." if folder is a run's
+        inside = path.parent.relative_to(folder)  # "." if folder is a run's
+        name = re.sub(r"(-task\d)?-s\d+$", "", str(inside) if inside.name else path.parent.resolve().name)
         lines = [line.split(",") for line in path.read_text().split()[1:]]
         if lines and len(lines[0]) != 10:
             raise SystemExit(f"{path} was written by another version of qgf.py")
@@ -32,7 +33,9 @@ def families(folder):
 
 def by_task(runs, tasks):
     """Success of each method in each task, over its seeds, and the mean over tasks: lines of a Markdown table."""
-    yield "\n" + "".join(f"| {cell} " for cell in (tasks[0][:-1], *(task[-1] for task in tasks), "mean")) + "|"
+    short = len({task[:-1] for task in tasks}) == 1 and "-task" in tasks[0]  # not if the default task is one of them
+    heads = [tasks[0][:-1], *(task[-1] for task in tasks)] if short else ["", *tasks]
+    yield "\n" + "".join(f"| {head} " for head in (*heads, "mean")) + "|"
     yield "|---" * (len(tasks) + 2) + "|"
     for key in dict.fromkeys(key for run in runs.values() for key in run):
         mean = [np.mean([run[key][:, 1] for (env, _), run in runs.items() if env == task and key in run] or [np.nan])
@@ -48,13 +51,19 @@ def main(folder, base="bc"):
     if not found:
         raise SystemExit(f"{folder} holds no results: a run's folder has an episodes.csv once it was evaluated")
     for name, runs in found.items():
-        rows = {}
+        rows, who = {}, {}
         for key in dict.fromkeys(key for run in runs.values() for key in run):
-            mine = [run[key] for run in runs.values() if key in run]
-            n = min(len(x) for x in mine)  # all begin with the same episodes
-            rows[key] = np.stack([x[:n] for x in mine])
+            who[key] = [name for name, run in runs.items() if key in run]
+            n = min(len(runs[name][key]) for name in who[key])  # all begin with the same episodes
+            rows[key] = np.stack([runs[name][key][:n] for name in who[key]])
+        for method in {key[0] for key in rows if key[0].startswith("bc@")}:  # gains over it need the same runs
+            peers = [w for key, w in who.items() if key[0].endswith(method[2:])]
+            if any(len(w) == len(who[method, 0.0, 0.0]) and w != who[method, 0.0, 0.0] for w in peers):
+                rows[method, 0.0, None] = rows.pop((method, 0.0, 0.0))  # `table` takes this key for no peer
         if base != "bc":  # `table` compares with bc
-            swap = next(key for key in rows if key[0] == base and key[1] in (0.0, 0.1))
+            swap = next((key for key in rows if key[0] == base and key[1] in (0.0, 0.1)), None)
+            if not swap:
+                continue
             rows = {("bc", 0.0, 0.0): rows.pop(swap)} | {k: v for k, v in rows.items() if k[0] != "bc"}
         lines = qgf.table(rows)
         if base != "bc":
