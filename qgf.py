@@ -517,9 +517,6 @@ class Chunks(gymnasium.Env):
 def parse_method(text):
     """qgf@4 -> qgf, 4."""
     name, N = re.fullmatch(r"(.*?)(?:@([1-9]\d*))?", text, re.DOTALL).groups(default="1")
-    if name not in (*GUIDANCE, *OTHERS):
-        names = ", ".join((*GUIDANCE, *OTHERS))
-        raise UserError(f"unknown method {text!r}: give NAME or NAME@4, with NAME one of {names}")
     return name, int(N)
 
 def rollout(envs, nets, w, method, cfg):
@@ -548,7 +545,7 @@ def read_results(path, seeds):
     return {key: np.reshape(row, (seeds, -1, 4)) for key, row in rows.items()}
 
 def evaluate(states, probe, env_id, path, cfg):
-    """Play the rows that cfg asks for, and bc once; each goes into episodes.csv at once. -> as `read_results`"""
+    """Play bc, once, and the rows that cfg asks for; each is saved at once. -> what `read_results` gives"""
     nets = [jax.tree.map(lambda x: x[k], states.target) for k in range(cfg.seeds)]  # noqa: B023
     a_0 = jax.random.normal(jax.random.PRNGKey(0), (len(probe), 1, nets[0]["policy"][-1]["b"].size))
     strengths = [(g, 0.0) for g in cfg.guidance] + [(0.0, w) for w in cfg.weights]
@@ -721,6 +718,9 @@ def settings(given, name, source, saved, step):
     cfg = Config(**family | saved | strength | given | dict(env=name))
     if cfg.updates < step:
         raise UserError(f"{source} has {step} updates already: give as many or more, or another --out")
+    for name in {parse_method(m)[0] for m in cfg.methods} - {*GUIDANCE, *OTHERS}:
+        names = ", ".join((*GUIDANCE, *OTHERS))
+        raise UserError(f"unknown method {name!r}: give NAME or NAME@4, with NAME one of {names}")
     if "edp" in [parse_method(m)[0] for m in cfg.methods] and not cfg.edp:
         raise UserError("edp is a policy of its own, which this run does not train: train one with --edp 100")
     if 0 < cfg.long_horizon < cfg.horizon:
@@ -742,7 +742,7 @@ def main(argv=None):
         step = int(states.step[0])
     lent, fixed = lend(given["policy"], dataset) if "policy" in given and not record else ({}, {})
     cfg = settings(given, name, folder if record else given.get("policy"), record.get("config", fixed), step)
-    changed = {k: v for k, v in asdict(cfg).items() if k == "env" or v != getattr(Config, k)}
+    changed = {k: v for k, v in asdict(cfg).items() if v != () and (k == "env" or v != getattr(Config, k))}
     print(f"run     {env_id}, seed {cfg.seed}, in {folder}\noptions {flags(changed)}\n"
           f"device  {jax.devices()[0].device_kind}, {CORES} CPU cores, jax {jax.__version__}", flush=True)
     multiprocessing.set_forkserver_preload(["ogbench.manipspace", "optax", "scipy.stats"])
