@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Draw success against the relative weight λ, a panel for each family in which a run has several, as an SVG.
+Says on stderr which λ is best.
 
     PYTHONPATH=. python .github/curves.py .github/results > .github/lambda.svg
 """
@@ -58,6 +59,9 @@ def main(folder):
         print(f'<g transform="translate({WIDTH * (i % PER_ROW)} {HEIGHT * (i // PER_ROW)})">')
         panel(*drawn, lambdas)
         print("</g>")
+        for method, points in drawn[0].items():
+            success, g = max((won.mean(), -g) for g, won in points)  # the smallest, of equals
+            print(f"{drawn[-1]}: {method} is best at λ = {-g:g}, with {success:.2f}", file=sys.stderr)
     methods = [m for m in COLORS if any(m in found for found, *_ in panels)]
     for i, (label, color) in enumerate([("bc (dashed)", "black"), *((m, COLORS[m]) for m in methods)]):
         print(f'<text x="{50 + 110 * i}" y="{height + 8}" fill="{color}">{label}</text>')
