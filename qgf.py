@@ -59,7 +59,7 @@ class Config:
     guidance: tuple[float, ...] = option((0.1,), "λ", "how hard Q pushes, relative to the flow; a row each")
     weights: tuple[float, ...] = option((), "W", "absolute weights w = 1/β, as in the paper; a row each")
     episodes: int = option(50, "N", "episodes in a row, for each seed of training")
-    batch_size: int = option(256, "N", "chunks in a batch", "networks and optimiser (see FAMILY)")
+    batch_size: int = option(256, "N", "chunks in a batch", "networks (of some tasks: FAMILY in qgf.py)")
     lr: float = option(1e-3, "X", "learning rate of Adam")
     width: int = option(256, "N", "units in a hidden layer")
     critic_width: int = option(0, "N", "the same for critic and value; 0: WIDTH")
@@ -549,8 +549,8 @@ def evaluate(states, probe, env_id, path, cfg):
     nets = [jax.tree.map(lambda x: x[k], states.target) for k in range(cfg.seeds)]  # noqa: B023
     a_0 = jax.random.normal(jax.random.PRNGKey(0), (len(probe), 1, nets[0]["policy"][-1]["b"].size))
     strengths = [(g, 0.0) for g in cfg.guidance] + [(0.0, w) for w in cfg.weights]
-    played = read_results(path, cfg.seeds).get((int(states.step[0]), "bc", 0.0, 0.0), [()])[0]
-    rows = [(m, *x) for m in dict.fromkeys(("bc", *cfg.methods)[len(played) >= cfg.episodes :])
+    bc = read_results(path, cfg.seeds).get((int(states.step[0]), "bc", 0.0, 0.0), [()])[0]
+    rows = [(m, *x) for m in dict.fromkeys(cfg.methods if len(bc) >= cfg.episodes else ("bc", *cfg.methods))
             for x in ([(0.0, 0.0)] if parse_method(m)[0] in ("bc", "edp") else strengths)]
     make = partial(Chunks, env_id, cfg.horizon, cfg.sparse, SLOTS)
     envs = AsyncVectorEnv([make] * CORES, context="forkserver", autoreset_mode=AutoresetMode.DISABLED)
@@ -718,10 +718,10 @@ def settings(given, name, source, saved, step):
     cfg = Config(**family | saved | strength | given | dict(env=name))
     if cfg.updates < step:
         raise UserError(f"{source} has {step} updates already: give as many or more, or another --out")
-    for name in {parse_method(m)[0] for m in cfg.methods} - {*GUIDANCE, *OTHERS}:
-        names = ", ".join((*GUIDANCE, *OTHERS))
-        raise UserError(f"unknown method {name!r}: give NAME or NAME@4, with NAME one of {names}")
-    if "edp" in [parse_method(m)[0] for m in cfg.methods] and not cfg.edp:
+    names, known = [parse_method(m)[0] for m in cfg.methods], (*GUIDANCE, *OTHERS)
+    if wrong := [x for x in names if x not in known]:
+        raise UserError(f"unknown method {wrong[0]!r}: give NAME or NAME@4, NAME one of {', '.join(known)}")
+    if "edp" in names and not cfg.edp:
         raise UserError("edp is a policy of its own, which this run does not train: train one with --edp 100")
     if 0 < cfg.long_horizon < cfg.horizon:
         raise UserError(f"--long-horizon {cfg.long_horizon} is shorter than --horizon {cfg.horizon}")
