@@ -662,8 +662,7 @@ def learn(states, record, metrics, paths, load_slice, folder, cfg):
 # ---- 10 main -----------------------------------------------------------------------------------------------
 LARGE = dict(updates=100_000, width=512, depth=4, critic_width=256, expectile=0.95)
 FAMILY = {  # where Config's defaults fail, for tasks and goals alike; a young flow misses cube-double's cubes
-    "cube-double": LARGE,
-    "puzzle-3x3": LARGE | dict(sparse=1), "scene": LARGE | dict(sparse=1),
+    "cube-double": LARGE, "puzzle-3x3": LARGE | dict(sparse=1), "scene": LARGE | dict(sparse=1),
     "cube-single-goal": dict(updates=20_000, episodes=100),
 }
 ALIASES = dict(epochs="updates", steps="updates", gamma="discount", tau="expectile", task="env")
