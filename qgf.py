@@ -15,7 +15,7 @@ flow's time; a_t = (1-t) a_0 + t a_1; a bar marks a Polyak average. We want the 
            then execute the H actions of clip(a_1, -1, 1)
     w      = λ / rms(∇Q̄): the push is λ times as large as the flow's velocity, whose rms is about 1
 
-Left out to keep this short: RobustQ, CFGRL, pixels, online fine-tuning, experiment trackers. Examples:
+Left out: RobustQ, CFGRL, pixels, online fine-tuning. FAMILY has other defaults for some tasks. Examples:
 
     python qgf.py --env cube-single                            train, evaluate; the same command resumes
     python qgf.py --env cube-single --methods bc@4 bptt qfql   add other methods to the table
@@ -58,8 +58,8 @@ class Config:
     methods: tuple[str, ...] = option(("qgf",), "NAME", "{methods}; NAME@4: best of 4 by Q", "evaluation")
     guidance: tuple[float, ...] = option((0.1,), "λ", "how hard Q pushes, relative to the flow; a row each")
     weights: tuple[float, ...] = option((), "W", "absolute weights w = 1/β, as in the paper; a row each")
-    episodes: int = option(50, "N", "episodes in a row, for each seed of training")
-    batch_size: int = option(256, "N", "chunks in a batch", "networks (of some tasks: FAMILY in qgf.py)")
+    episodes: int = option(50, "N", "episodes in a row, a seed of training; a row played again is replaced")
+    batch_size: int = option(256, "N", "chunks in a batch", "networks")
     lr: float = option(1e-3, "X", "learning rate of Adam")
     width: int = option(256, "N", "units in a hidden layer")
     critic_width: int = option(0, "N", "the same for critic and value; 0: WIDTH")
@@ -267,11 +267,11 @@ ASCENTS = 3  # steps of gradstep; the paper takes 3 to 5
 
 @partial(jax.jit, static_argnames=("method", "T"))
 def sample_actions(nets, s, a_0, w, method, T):
-    """From noise to actions: s (B, S), a_0 (B, N, H*A), w () or (B,) -> a (B, H*A), rms of the gradients ().
+    """From noise to actions: s (B, S), a_0 (B, N, H*A), w () -> a (B, H*A), rms of the gradients ().
     `nets` is a State's target. Each state gets N samples, one for each row of noise; that with the largest Q̄
     is returned. A new w compiles nothing new. `gradstep` climbs Q̄ after the flow, in steps of size w."""
     B, N, D = a_0.shape
-    s, w = jnp.repeat(s, N, axis=0), jnp.repeat(jnp.broadcast_to(w, B), N)[:, None]  # (B*N, S), (B*N, 1)
+    s = jnp.repeat(s, N, axis=0)  # (B*N, S)
     flow = partial(velocity, nets["edp" if method == "edp" else "policy"], s)
     q = partial(q_min, nets["critic"], s)
     def euler(a_t, i):
@@ -341,7 +341,7 @@ def find_task(name):
     name = re.sub("-(play|navigate|singletask|v0)(?=-|$)", "", name)
     base, which = re.fullmatch(r"(.*?)(-task\d|-goal)?", name, re.DOTALL).groups(default="")
     env_id = f"{base}-singletask{which}-v0".replace("-singletask-goal", "")
-    known = [i[:-14] for i in gymnasium.registry if re.fullmatch("(?!visual).*-singletask-v0", i)]
+    known = [m[1] for i in gymnasium.registry if (m := re.fullmatch("((?!visual).*)-singletask-v0", i))]
     if base not in known or env_id not in gymnasium.registry:
         near = ", ".join(difflib.get_close_matches(base, known) or known)
         raise UserError(f"{name!r} is no state-based OGBench task; these are (also -task3, -goal): {near}")
@@ -443,10 +443,10 @@ def load_dataset(path, env, R):
         if g_dim:
             ogbench.relabel_utils.add_oracle_reps(env_id, env.envs[0].unwrapped, data)
             data |= dict(rewards=np.zeros(n), masks=np.ones(n), goals=data["oracle_reps"])
-        elif "rewards" not in data:
+        elif not data.keys() & {"rewards", "masks"}:
             ogbench.relabel_utils.relabel_dataset(env_id, env.envs[0].unwrapped, data)
         data = dict(masks=np.ones(n)) | data
-        data |= dict(rewards=-data["masks"]) if env.sparse else {}
+        data |= dict(rewards=-np.float32(data["masks"])) if env.sparse else {}
         data = {k: np.asarray(data[k], np.float32) for k in shapes}
     except Exception as e:  # whatever numpy, zipfile or OGBench say of a file that is not theirs
         raise UserError(f"{path} is missing, cut off, or no dataset of {env_id} ({e!r:.70})") from None
@@ -522,7 +522,7 @@ def parse_method(text):
 def rollout(envs, nets, w, method, cfg):
     """Play cfg.episodes episodes. -> (episodes, 3): success, return, length. Start and noise of each depend
     on its seed alone, so the rows of a table are paired, episode by episode."""
-    (name, N), (P, M, H, A) = parse_method(method), envs.action_space.shape
+    (name, N), (P, M, H, A) = parse_method(method), envs.action_space.shape  # P processes, M environments each
     first, end = FIRST_EPISODE, FIRST_EPISODE + cfg.episodes
     rngs = [np.random.default_rng(seed) for seed in range(first, end + 1)]  # the last for those that wait
     results = np.zeros((len(rngs), 3))
@@ -545,21 +545,22 @@ def read_results(path, seeds):
     return {key: np.reshape(row, (seeds, -1, 4)) for key, row in rows.items()}
 
 def evaluate(states, probe, env_id, path, cfg):
-    """Play bc, once, and the rows that cfg asks for; each is saved at once. -> what `read_results` gives"""
+    """Play bc, once, and what cfg asks for; save each row beside those of others. -> as `read_results` gives"""
     nets = [jax.tree.map(lambda x: x[k], states.target) for k in range(cfg.seeds)]  # noqa: B023
     a_0 = jax.random.normal(jax.random.PRNGKey(0), (len(probe), 1, nets[0]["policy"][-1]["b"].size))
     strengths = [(g, 0.0) for g in cfg.guidance] + [(0.0, w) for w in cfg.weights]
-    bc = read_results(path, cfg.seeds).get((int(states.step[0]), "bc", 0.0, 0.0), [()])[0]
+    results, step = read_results(path, cfg.seeds), int(states.step[0])
+    bc = results.get((step, "bc", 0.0, 0.0), [()])[0]
     rows = [(m, *x) for m in dict.fromkeys(cfg.methods if len(bc) >= cfg.episodes else ("bc", *cfg.methods))
             for x in ([(0.0, 0.0)] if parse_method(m)[0] in ("bc", "edp") else strengths)]
     make = partial(Chunks, env_id, cfg.horizon, cfg.sparse, SLOTS)
     envs = AsyncVectorEnv([make] * CORES, context="forkserver", autoreset_mode=AutoresetMode.DISABLED)
     for method, guidance, weight in progress(rows, "evaluating", unit=" rows"):
-        results, row, (name, _) = read_results(path, cfg.seeds), [], parse_method(method)
+        row, (name, _) = [], parse_method(method)
         for net in nets:  # each seed of training has its own w
             w = relative_weight(guidance, net, probe, a_0, name, cfg.denoise_steps) if guidance else weight
             row.append([(w, *episode) for episode in rollout(envs, net, w, method, cfg).tolist()])
-        results[int(states.step[0]), method, guidance, weight] = np.array(row)  # (seeds, episodes, 4)
+        results = read_results(path, cfg.seeds) | {(step, method, guidance, weight): np.array(row)}
         lines = ["env,seed,episode,updates,method,guidance,weight,success,return,length".split(",")]
         lines += [(cfg.env, cfg.seed + k, i, *key[:3], *x[k, i].tolist())
                   for key, x in results.items() for k, i in np.ndindex(x.shape[:2])]
@@ -623,7 +624,7 @@ def load(path):
         metrics = arrays["metrics"].reshape(len(arrays["metrics"]), 2 + len(LOSSES)).tolist()
         return jax.tree.unflatten(jax.tree.structure(states), leaves), record, metrics
     except Exception as e:
-        raise UserError(f"{path} is no whole checkpoint ({e}): move it away or give another folder") from None
+        raise UserError(f"{path} is no whole checkpoint ({e}): move its folder away, or give another") from None
 
 def lend(run, dataset):
     """The flow of a finished run that acts in the same environment. -> dict of that policy, what it fixes"""
@@ -683,9 +684,9 @@ def parse(argv):
     """The options given on the command line, by field of Config."""
     def error(message):
         raise UserError(f"{message} (python qgf.py --help lists all options)")
-    summary, *_, examples = __doc__.split("\n\n")
+    summary, *_, note, examples = __doc__.split("\n\n")
     parser = argparse.ArgumentParser(
-        "qgf.py", "python qgf.py [--option value ...]", summary, f"examples:\n{examples}", allow_abbrev=False,
+        "qgf.py", "python qgf.py [--option value ...]", summary, f"{note}\n{examples}", allow_abbrev=False,
         argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error, names = error, {f"--{f.name.replace('_', '-')}": f for f in fields(Config)}
     for name, f in names.items():
@@ -698,20 +699,20 @@ def parse(argv):
     given, unknown = parser.parse_known_args(argv)
     for word in unknown:
         near = difflib.get_close_matches(f"--{ALIASES.get(word[2:], word[2:])}", names, 1)
-        error(f"unknown option {word}" + f": did you mean {near[0]}?" * bool(near))
+        error(f"unknown option {word}" + "".join(f": did you mean {name}?" for name in near))
     return {f.name: read_option(f, getattr(given, f.name)) for f in names.values() if hasattr(given, f.name)}
 
 def flags(settings):
     """Settings as they are typed."""
     words = ((k, " ".join(map(str, v)) if isinstance(v, tuple) else v) for k, v in settings.items())
-    return " ".join(f"--{k.replace('_', '-')} {v}" for k, v in words)
+    return " ".join(f"--{k.replace('_', '-')} {v if v != '' else repr(v)}" for k, v in words)
 
 def settings(given, name, source, saved, step):
     """The Config of a run: what is given, else what the saved run has, else its family's defaults."""
     saved = {k: v for k, v in saved.items() if k not in ("methods", "guidance", "weights", "episodes")}
     differ = {k: v for k, v in saved.items() if k not in ("env", "out", "updates") and given.get(k, v) != v}
     if differ:
-        raise UserError(f"{source} holds a run with {flags(differ)}: ask for that, or another folder")
+        raise UserError(f"{source} holds a run with {flags(differ)}: keep that, or give another folder")
     strength = dict(guidance=()) if "weights" in given else {}
     family = FAMILY.get(name) or FAMILY.get(re.sub(r"-(task\d|goal)$", "", name), {})
     cfg = Config(**family | saved | strength | given | dict(env=name))
@@ -724,8 +725,8 @@ def settings(given, name, source, saved, step):
         raise UserError("edp is a policy of its own, which this run does not train: train one with --edp 100")
     if 0 < cfg.long_horizon < cfg.horizon:
         raise UserError(f"--long-horizon {cfg.long_horizon} is shorter than --horizon {cfg.horizon}")
-    if "data" in given and not (cfg.data and Path(cfg.data).exists()):
-        raise UserError(f"--data {cfg.data} does not exist")
+    if "data" in given and (cfg.collect or not (cfg.data and Path(cfg.data).exists())):
+        raise UserError(f"--data {cfg.data} does not exist, or --collect is given as well")
     return cfg
 
 def main(argv=None):
@@ -736,7 +737,7 @@ def main(argv=None):
     given, states, record, metrics, step = parse(argv), None, {}, [], 0
     name, env_id, dataset = find_task(given.get("env", Config.env))
     folder = Path(given.get("out", Config.out)) / f"{name}-s{given.get('seed', Config.seed)}"
-    if (folder / "checkpoint.npz").exists():
+    if any((folder / file).exists() for file in ("checkpoint.npz", "episodes.csv")):  # both, or it is refused
         states, record, metrics = load(folder / "checkpoint.npz")
         step = int(states.step[0])
     lent, fixed = lend(given["policy"], dataset) if "policy" in given and not record else ({}, {})
@@ -776,4 +777,4 @@ if __name__ == "__main__":
     try:
         main()
     except (KeyboardInterrupt, OSError, EOFError) as e:
-        sys.exit(f"{str(e) or type(e).__name__}; what was saved is kept, and the same command resumes")
+        sys.exit(f"{str(e) or type(e).__name__}; checkpoints, data and rows that were complete are kept")
