@@ -20,8 +20,9 @@ def play(nets, cfg, env_id, method, w, seed):
     step = inner.step
 
     def filmed(action):
+        result = step(action)
         frames.append(inner.unwrapped.render())
-        return step(action)
+        return result
 
     inner.step = filmed
     obs, info = env.reset(seed=seed)
@@ -32,7 +33,7 @@ def play(nets, cfg, env_id, method, w, seed):
         obs, new, _, _, info = env.step(np.reshape(actions, env.action_space.shape))
         played += new[0]
     success, _, length = played
-    return frames[::4], f"{method}: {'solved' if success else 'not solved'} in {length:.0f} steps"
+    return frames[:-1:4] + frames[-1:], f"{method}: {'solved' if success else 'not solved'} in {length:.0f} steps"
 
 
 def main(folder, gif):
