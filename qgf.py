@@ -663,8 +663,8 @@ def learn(states, record, metrics, paths, load_slice, folder, cfg):
 # ---- 10 main -----------------------------------------------------------------------------------------------
 LARGE = dict(updates=100_000, width=512, depth=4, critic_width=256, expectile=0.95)
 FAMILY = {  # where Config's defaults fail, for tasks and goals alike; a young flow misses cube-double's cubes
-    "cube-double": LARGE, "puzzle-3x3": LARGE | dict(sparse=1), "scene": LARGE | dict(sparse=1),
-    "cube-single-goal": dict(updates=20_000, episodes=100),
+    "cube-double": LARGE, "scene": dict(LARGE, sparse=1), "puzzle-3x3": dict(LARGE, sparse=1, updates=150_000),
+    "puzzle-3x3-goal": dict(LARGE, sparse=1), "cube-single-goal": dict(updates=20_000, episodes=100),
 }
 ALIASES = dict(epochs="updates", steps="updates", gamma="discount", tau="expectile", task="env")
 

@@ -770,7 +770,7 @@ def test_a_users_mistake_gets_one_clear_line(home, whole, monkeypatch, args, wor
 def test_words_are_read_kindly_and_a_family_has_its_defaults():
     given = qgf.parse("--updates 1e5 --guidance 0.03,0.1 0.3 --methods qgf,bptt --seed 0 --sparse".split())
     assert given == dict(updates=100_000, guidance=(0.03, 0.1, 0.3), methods=("qgf", "bptt"), seed=0, sparse=1)
-    for name, family in {"cube-double-goal": "cube-double", "scene-task2": "scene", "scene-goal": "scene"}.items():
+    for name, family in {"cube-double-goal": "cube-double", "scene-task2": "scene", "puzzle-3x3-goal": "puzzle-3x3-goal"}.items():
         assert qgf.settings({}, name, "", {}, 0) == qgf.Config(env=name, **qgf.FAMILY[family])
     assert pytest.raises(SystemExit, qgf.parse, ["--help"]).value.code == 0
 
