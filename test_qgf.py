@@ -713,7 +713,7 @@ def test_a_real_run_of_two_seeds_with_edp_goals_and_slices(home):
         np.savez(home / f"slices/{i}.npz", **{k: v[600 * i :][:500] for k, v in data.items()})
     (home / "slices/x-val.npz").touch()  # for validation, in OGBench's naming, and not trained on
     args = "--env cube-single-goal --data slices --seeds 2 --edp 10 --long-horizon 25 --methods edp gradstep".split()
-    out = finish(home, *args, "--updates", 2150)
+    out = finish(home, *args, "--collect", 0, "--updates", 2150)
     assert "first of 3: 500 rows" in out and "any goal" in out
     folder = home / "runs/cube-single-goal-s0"
     rows = [(r["seed"], r["method"]) for r in episodes(folder)]
