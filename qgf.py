@@ -21,7 +21,7 @@ Left out: RobustQ, CFGRL, pixels, online fine-tuning. FAMILY has other defaults 
     python qgf.py --env cube-single --methods bc@4 bptt qfql   add other methods to the table
     python qgf.py --env cube-single --guidance 0.03 0.1 0.3    add other strengths of guidance to it
 """
-import argparse, difflib, json, math, os, re, shutil, signal, sys, time, warnings, zlib  # noqa: E401
+import argparse, difflib, json, math, os, re, shlex, shutil, signal, sys, time, warnings, zlib  # noqa: E401
 import http.client, importlib.metadata, multiprocessing.forkserver, urllib.request  # noqa: E401
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -58,7 +58,7 @@ class Config:
     methods: tuple[str, ...] = option(("qgf",), "NAME", "{methods}; NAME@4: best of 4 by Q", "evaluation")
     guidance: tuple[float, ...] = option((0.1,), "λ", "how hard Q pushes, relative to the flow; a row each")
     weights: tuple[float, ...] = option((), "W", "absolute weights w = 1/β, as in the paper; a row each")
-    episodes: int = option(50, "N", "episodes in a row, a seed of training; a row played again is replaced")
+    episodes: int = option(50, "N", "episodes in a row, for each seed; a row played again is replaced")
     batch_size: int = option(256, "N", "chunks in a batch", "networks")
     lr: float = option(1e-3, "X", "learning rate of Adam")
     width: int = option(256, "N", "units in a hidden layer")
@@ -432,7 +432,7 @@ def find_dataset(cfg, dataset):
 
 def load_dataset(path, env, R):
     """A file's data for `env`, a Chunks. -> what `sample_batch` takes for chunks of R actions, on the device;
-    ends (N,) is the last row of each row's trajectory. Without rewards in the file, OGBench computes them."""
+    ends (N,) is the last row of each row's trajectory. Without rewards and masks, OGBench computes both."""
     env_id, (s_dim, g_dim, a_dim) = env.envs[0].spec.id, env.sizes
     shapes = dict(observations=(s_dim,), actions=(a_dim,), terminals=(), rewards=(), masks=())
     shapes |= dict(goals=(g_dim,)) if g_dim else {}
@@ -522,7 +522,7 @@ def parse_method(text):
 def rollout(envs, nets, w, method, cfg):
     """Play cfg.episodes episodes. -> (episodes, 3): success, return, length. Start and noise of each depend
     on its seed alone, so the rows of a table are paired, episode by episode."""
-    (name, N), (P, M, H, A) = parse_method(method), envs.action_space.shape  # P processes, M environments each
+    (name, N), (P, M, H, A) = parse_method(method), envs.action_space.shape  # P processes
     first, end = FIRST_EPISODE, FIRST_EPISODE + cfg.episodes
     rngs = [np.random.default_rng(seed) for seed in range(first, end + 1)]  # the last for those that wait
     results = np.zeros((len(rngs), 3))
@@ -545,7 +545,7 @@ def read_results(path, seeds):
     return {key: np.reshape(row, (seeds, -1, 4)) for key, row in rows.items()}
 
 def evaluate(states, probe, env_id, path, cfg):
-    """Play bc, once, and what cfg asks for; save each row beside those of others. -> as `read_results` gives"""
+    """Play bc once, and what cfg asks for; save each row beside others'. -> what `read_results` gives"""
     nets = [jax.tree.map(lambda x: x[k], states.target) for k in range(cfg.seeds)]  # noqa: B023
     a_0 = jax.random.normal(jax.random.PRNGKey(0), (len(probe), 1, nets[0]["policy"][-1]["b"].size))
     strengths = [(g, 0.0) for g in cfg.guidance] + [(0.0, w) for w in cfg.weights]
@@ -624,7 +624,7 @@ def load(path):
         metrics = arrays["metrics"].reshape(len(arrays["metrics"]), 2 + len(LOSSES)).tolist()
         return jax.tree.unflatten(jax.tree.structure(states), leaves), record, metrics
     except Exception as e:
-        raise UserError(f"{path} is no whole checkpoint ({e}): move its folder away, or give another") from None
+        raise UserError(f"{path} is no whole checkpoint ({e}): move its folder, or give another") from None
 
 def lend(run, dataset):
     """The flow of a finished run that acts in the same environment. -> dict of that policy, what it fixes"""
@@ -662,9 +662,10 @@ def learn(states, record, metrics, paths, load_slice, folder, cfg):
 
 # ---- 10 main -----------------------------------------------------------------------------------------------
 LARGE = dict(updates=100_000, width=512, depth=4, critic_width=256, expectile=0.95)
-FAMILY = {  # where Config's defaults fail, for tasks and goals alike; a young flow misses cube-double's cubes
-    "cube-double": LARGE, "scene": dict(LARGE, sparse=1), "puzzle-3x3": dict(LARGE, sparse=1, updates=150_000),
-    "puzzle-3x3-goal": dict(LARGE, sparse=1), "cube-single-goal": dict(updates=20_000, episodes=100),
+FAMILY = {  # where Config's defaults fail: by family, unless a task or goal is named
+    "cube-double": LARGE, "scene": dict(LARGE, sparse=1), "puzzle-3x3-goal": dict(LARGE, sparse=1),
+    "puzzle-3x3": dict(LARGE, sparse=1, updates=150_000),
+    "cube-single-goal": dict(updates=20_000, episodes=100),
 }
 ALIASES = dict(epochs="updates", steps="updates", gamma="discount", tau="expectile", task="env")
 
@@ -678,7 +679,7 @@ def read_option(f, words):
         if kind is str or all(low <= float(x) <= high and float(x) == kind(float(x)) for x in words):
             return values if many else values[0]
     what = f"a {'whole ' * (kind is int)}number {'from' if low == 0 else 'above'} 0, at most {high:g}"
-    raise UserError(f"{flags({f.name: ' '.join(words)})}: give {what}")
+    raise UserError(f"{flags({f.name: tuple(words)})}: give {what}")
 
 def parse(argv):
     """The options given on the command line, by field of Config."""
@@ -702,10 +703,9 @@ def parse(argv):
         error(f"unknown option {word}" + "".join(f": did you mean {name}?" for name in near))
     return {f.name: read_option(f, getattr(given, f.name)) for f in names.values() if hasattr(given, f.name)}
 
-def flags(settings):
+def flags(chosen):
     """Settings as they are typed."""
-    words = ((k, " ".join(map(str, v)) if isinstance(v, tuple) else v) for k, v in settings.items())
-    return " ".join(f"--{k.replace('_', '-')} {v if v != '' else repr(v)}" for k, v in words)
+    return " ".join(f"--{k.replace('_', '-')} {shlex.join(map(str, np.ravel(v)))}" for k, v in chosen.items())
 
 def settings(given, name, source, saved, step):
     """The Config of a run: what is given, else what the saved run has, else its family's defaults."""

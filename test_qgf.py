@@ -79,9 +79,8 @@ def test_flow_matching_loss_equals_a_numpy_loop():
     assert steps.min() == 0 and steps.max() == T  # both ends of the grid are drawn
     total = 0.0
     for s, a_1, noise, i in zip(batch["observations"], batch["actions"], a_0, steps):
-        v = numpy_velocity(policy, s[None], (noise + (a_1 - noise) * i / T)[None], i / T)[0]
+        v = numpy_velocity(policy, s[None], (noise + (a_1 - noise) * i / T)[None], i / T)[0]  # float32 angles cost digits
         total += np.mean((v - (a_1 - noise)) ** 2)
-    # angles up to 1e4 in float32 cost digits
     assert flow_matching_loss(policy, batch, KEY, CFG) == pytest.approx(total / CFG.batch_size, rel=1e-4)
 
 def gaussian_velocity(mu, sigma):
@@ -132,8 +131,7 @@ def test_edp_loss_equals_a_numpy_loop_and_leaves_the_others_alone():
     loss = lambda p: edp_loss(p, state.target["critic"], batch, KEY, cfg)
     assert loss(policy) == pytest.approx(3 * np.mean((v - (a_1 - a_0)) ** 2) - q.mean(), rel=1e-4)
     with_edp, without = update(state, batch, KEY, cfg)[0], update(some_state(), batch, KEY, CFG)[0]
-    for name in ("policy", "critic", "value"):
-        assert_close(with_edp.params[name], without.params[name], atol=2e-5)
+    assert_close(*({k: x.params[k] for k in ("policy", "critic", "value")} for x in (with_edp, without)), atol=2e-5)
     alone = jax.tree.map(lambda p, g: p - CFG.lr * g / (abs(g) + 1e-8), policy, jax.grad(loss)(policy))
     assert_close(with_edp.params["edp"], alone, atol=2e-5)  # Adam's first step
 
@@ -370,12 +368,11 @@ def test_relative_weight_for_a_linear_critic_is_a_closed_form(monkeypatch, metho
     """Q = c·a has the gradient c everywhere: w ‖c‖ / sqrt(HA) = λ, whatever the size of c."""
     c, (nets, s, a_0) = np.float32([1, -2, 0.5, 3, 0, 1]), sampling(B=50)
     weights = []
+    monkeypatch.setattr(qgf, "velocity", lambda policy, s, a, t: 0 * a)  # so that J is the clip's: 0 or 1
+    monkeypatch.setattr(qgf, "sample_actions", qgf.sample_actions.__wrapped__)
     for size in (1.0, 10.0, 1e-4):
         monkeypatch.setattr(qgf, "q_values", lambda critic, s, a: jnp.stack([a @ (size * c)] * 2))  # noqa: B023
-        monkeypatch.setattr(qgf, "velocity", lambda policy, s, a, t: 0 * a)  # so that J is the clip's: 0 or 1
-        monkeypatch.setattr(qgf, "sample_actions", qgf.sample_actions.__wrapped__)
         weights.append(size * qgf.relative_weight(0.1, nets, s, 0.1 * a_0, method, 5))
-        monkeypatch.undo()
     want = 0.1 * math.sqrt(6) / np.linalg.norm(c) / (2 * qgf.ASCENTS if method == "gradstep" else 1)
     np.testing.assert_allclose(weights, want, rtol=1e-4)
 
@@ -537,9 +534,8 @@ def test_table_has_wilsons_interval_the_paired_gain_and_an_answer():
         assert qgf.table(rows)[-1].startswith(f"Guidance {words}: qgf")
     few = {("bc", 0.0, 0.0): row(0, (0, 2)), ("qgf", 0.1, 0.0): row(0.03, (2, 2))}
     assert "Guidance" not in qgf.table(few)[-1]  # two episodes show nothing
-    # best of 4 gains over best of 4, on the 40 episodes that both have
     rows = {("bc", 0.0, 0.0): row(0, (5, 50)), ("bc@4", 0.0, 0.0): row(0, (20, 40)), ("qgf@4", 0.1, 0.0): row(1, (30, 50))}
-    lines = qgf.table(rows)
+    lines = qgf.table(rows)  # best of 4 gains over best of 4, on the 40 episodes that both have
     assert "+0.25 [" in lines[3] and lines[3].endswith("*")
     assert not lines[2].endswith("*") and lines[-1].startswith("Guidance helped: qgf@4 gains +0.25")
 
@@ -787,6 +783,10 @@ def test_other_data_a_damaged_and_an_older_checkpoint_are_refused_and_kept(home,
     with pytest.raises(qgf.UserError, match="is no whole checkpoint"):
         main(tmp_path)
     assert path.stat().st_size == 3000
+    path.rename(tmp_path / "away")
+    (path.parent / "episodes.csv").touch()  # of a network that is gone: another's rows must not join them
+    with pytest.raises(qgf.UserError, match="move its folder"):
+        main(tmp_path)
     arrays = checkpoint(whole)
     for change in dict(record=str(arrays["record"]).replace('"lr"', '"choose"')), dict(metrics=arrays["metrics"][:, 1:]):
         np.savez(path, **arrays | change)
