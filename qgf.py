@@ -531,7 +531,7 @@ def rollout(envs, nets, w, method, cfg):
         which = info["seed"].ravel() - first  # (P*M,)
         noise = np.float32([rngs[i].standard_normal((N, H * A)) for i in which])  # (P*M, N, H*A)
         actions, _ = sample_actions(nets, obs.reshape(P * M, -1), noise, w, name, cfg.denoise_steps)
-        obs, new, _, _, info = envs.step(np.reshape(actions, (P, M, H, A)))  # (P, M, S+G), (P, M, 3)
+        obs, new, _, _, info = envs.step(np.asarray(actions).reshape(P, M, H, A))  # JAX's would claim a GPU
         np.add.at(results, which, new.reshape(P * M, 3))
     return results[:-1]
 

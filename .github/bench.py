@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Speed, on this machine, which should do nothing else. What `updates`, `seeds` and `rollout` compare runs alternately.
 
-PYTHONPATH=. python .github/bench.py updates [CLONE]   of four sizes; next to the official code's, from its clone
+PYTHONPATH=. python .github/bench.py updates [CLONE]   of several sizes; next to the official code's, from its clone
 PYTHONPATH=. python .github/bench.py seeds             several seeds at once by vmap, next to one alone
 PYTHONPATH=. python .github/bench.py cost [WIDTH DEPTH]   of a chunk by each method: time, and operations next to BC's
 PYTHONPATH=. python .github/bench.py rollout           an evaluation, policy and all, next to env.step in one process
@@ -22,7 +22,10 @@ import numpy as np
 import qgf
 
 N, S, A, H, B = 200_000, 28, 5, 5, 256
-SIZES = ((64, 2), (256, 3), (256, 4), (512, 4))
+GPU = jax.default_backend() == "gpu"
+PAPER = dict(width=1024, depth=4, batch_size=1024)
+SIZES = (dict(width=256, depth=3), dict(width=512, depth=4))
+SIZES += (PAPER,) if GPU else (dict(width=64, depth=2), dict(width=256, depth=4))
 
 
 def compare(kinds, unit, repeats=5):
@@ -57,7 +60,7 @@ def on_device():
 
 def ours(data, cfg):
     """Work for `compare`: a few updates of each seed, one after the other or by vmap."""
-    states, n = qgf.init_states((S, 0, A), cfg), 20
+    states, n = qgf.init_states((S, 0, A), cfg), qgf.CALL if GPU else 20
     one = qgf.replace(cfg, seeds=1)
     add = lambda s: jax.tree.map(lambda x: x[None], s)
     vmapped = jax.jit(jax.vmap(lambda s: qgf.train(add(s), data, n, one)), donate_argnums=0)
@@ -92,7 +95,7 @@ def official_agent(clone, width, depth, name="QGFAgent", module="qgf", **setting
     )
 
 
-def official(clone, width, depth):
+def official(clone, width, depth, batch_size=B):
     """The same for an agent of the official code and its own sampler."""
     agent = official_agent(clone, width, depth)
     data = official_data(random_data())
@@ -100,7 +103,7 @@ def official(clone, width, depth):
     def work():
         nonlocal agent
         for _ in range(10):
-            agent, _ = agent.update(data.sample_sequence(B, H, 0.99))
+            agent, _ = agent.update(data.sample_sequence(batch_size, H, 0.99))
         jax.block_until_ready(agent.policy.params)
         return 10
 
@@ -117,17 +120,17 @@ def official_data(data):
 
 def updates(clone=None):
     data = on_device()
-    for width, depth in SIZES:
-        other = {f"official {width}x{depth}": official(clone, width, depth)} if clone else {}
-        cfg = qgf.Config(width=width, depth=depth)
-        compare(other | {f"qgf.py {width}x{depth}": ours(data, cfg)}, "updates")
+    for size in SIZES:
+        name = "{}x{}".format(*size.values())
+        other = {f"official {name}": official(clone, **size)} if clone else {}
+        compare(other | {f"qgf.py {name}": ours(data, qgf.Config(**size))}, "updates")
 
 
 def seeds():
     data = on_device()
-    for width, depth in ((64, 2), (256, 3), (512, 4)):
-        cfgs = [qgf.Config(width=width, depth=depth, seeds=k) for k in (1, 2, 4, 8)]
-        compare({f"{c.seeds} seeds {width}x{depth}": ours(data, c) for c in cfgs}, "updates")
+    for size in SIZES[:3]:
+        cfgs = [qgf.Config(**size, seeds=k) for k in ((1, 10) if GPU else (1, 2, 4, 8))]
+        compare({f"{c.seeds} seeds {c.width}x{c.depth}": ours(data, c) for c in cfgs}, "updates")
 
 
 def cost(width=256, depth=3):
