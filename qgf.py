@@ -331,7 +331,7 @@ DATA_DIR = Path("~/.ogbench/data").expanduser()
 MIRROR = "https://huggingface.co/datasets/zhouzypaul/ogbench_datasets/resolve/main"
 STACKING = dict(single=(0, 0), double=(0, 0.25), triple=(0.05, 0.35), quadruple=(0.1, 0.5), octuple=(0, 0.35))
 CORES = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), 16)
-progress = partial(tqdm, mininterval=0.2 if sys.stderr.isatty() else 30, dynamic_ncols=True)
+progress = partial(tqdm, miniters=1, mininterval=0.2 if sys.stderr.isatty() else 30, dynamic_ncols=True)
 
 class UserError(SystemExit):
     """What a user can mend: ends the program with one line that says what is wrong and what to do."""
