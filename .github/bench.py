@@ -121,7 +121,7 @@ def official_data(data):
 def updates(clone=None):
     data = on_device()
     for size in SIZES:
-        name = "{}x{}".format(*size.values())
+        name = f"{size['width']}x{size['depth']}"
         other = {f"official {name}": official(clone, **size)} if clone else {}
         compare(other | {f"qgf.py {name}": ours(data, qgf.Config(**size))}, "updates")
 
