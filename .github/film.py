@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Film an episode that QGF solved and BC did not, from the same start, side by side.
 
-    MUJOCO_GL=egl PYTHONPATH=. python .github/film.py runs/cube-single-s0 cube.gif
+    MUJOCO_GL=egl PYTHONPATH=. python .github/film.py runs/cube-single-s0 cube.webp
 """
 import sys
 from pathlib import Path
@@ -36,7 +36,7 @@ def play(nets, cfg, env_id, method, w, seed):
     return frames[:-1:4] + frames[-1:], f"{method}: {'solved' if success else 'not solved'} in {length:.0f} steps"
 
 
-def main(folder, gif):
+def main(folder, path):
     states, record, _ = qgf.load(Path(folder) / "checkpoint.npz")
     cfg = qgf.Config(**record["config"])
     nets = jax.tree.map(lambda x: x[0], states.target)
@@ -55,10 +55,8 @@ def main(folder, gif):
             at = 6, image.height - 22
             ImageDraw.Draw(image).text(at, words, "white", font_size=15, stroke_width=1, stroke_fill="black")
         images.append(Image.fromarray(np.concatenate(pair, axis=1)))
-    palette = images[0].quantize(64)  # one for all frames, so that what stands still costs nothing
-    images = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
-    images[0].save(gif, save_all=True, append_images=images[1:], duration=100, loop=0)
-    print(f"saved in {gif}")
+    images[0].save(path, save_all=True, append_images=images[1:], duration=100, loop=0, quality=50, method=6)
+    print(f"saved in {path}")
 
 
 if __name__ == "__main__":
