@@ -3,7 +3,7 @@
 # Train and evaluate QGF on a list of tasks, one after the other, and print a table of all results.
 #
 #   ./run_all.sh                                          five tasks of cube-single, scene, puzzle-3x3, cube-double
-#                                                         (eight hours on two cores); tasks 2 to 5 use the flow of task 1
+#                                                         (eight hours on two cores); tasks 2 to 5 use task 1's flow
 #   ./run_all.sh "cube-single scene-task1" "0 1"          these tasks, a run for each of these seeds
 #   ./run_all.sh "scene" "0" --updates 200000             further options go to qgf.py
 #   DATA=/big ./run_all.sh paper "0" --seeds 10           the paper's 20 tasks, on /big/scene-play-100m-v0 and so on
