@@ -2,44 +2,44 @@
 # SPDX-License-Identifier: MIT
 # Train and evaluate QGF on a list of tasks, one after the other, and print a table of all results.
 #
-#   ./run_all.sh                                          five tasks of cube-single, scene, puzzle-3x3, cube-double
-#                                                         (eight hours on two cores); tasks 2 to 5 use task 1's flow
-#   ./run_all.sh "cube-single scene-task1" "0 1"          these tasks, a run for each of these seeds
-#   ./run_all.sh "scene" "0" --updates 200000             further options go to qgf.py
-#   DATA=/big ./run_all.sh paper "0" --seeds 10           the paper's 20 tasks, on /big/scene-play-100m-v0 and so on
+#   ./run_all.sh                                          any goal of cube-single, scene, puzzle-3x3, cube-double
+#   ./run_all.sh "cube-single scene-task1" "0 1"          these tasks and seeds; further options go to qgf.py
+#   DATA=/big ./run_all.sh paper "0 1 2"                  the paper's 20 tasks, on /big/scene-play-100m-v0 and so on
 #   DATA=/big ./run_all.sh --dry-run paper | parallel     only print the commands; GNU parallel runs them
 #   DATA=/big sbatch -G1 --array=0-19 run_all.sh paper    SLURM: each array task does one run of the list
 #   OUT=/big/runs PYTHON=python3.12 ./run_all.sh          another folder of runs, another Python
 #
 # Given again, it resumes what was stopped. It exits with 1, and a list, if a run failed; the others run all the same.
-set -o pipefail # so that an empty glob fails; not -u: an empty array is an error in the Bash of macOS
 here=$(cd "$(dirname "$0")" && pwd)
 [ -e "$here/qgf.py" ] || here=$SLURM_SUBMIT_DIR # sbatch runs a copy of this script from elsewhere
-if [ "$1" = --help ] || [ "$1" = -h ]; then sed -n '3,15s/^# \{0,1\}//p' "$0" && exit; fi
+if [ "$1" = --help ] || [ "$1" = -h ]; then sed -n '3,12s/^# \{0,1\}//p' "$0" && exit; fi
 if [ "$1" = --dry-run ]; then dry=1 && shift; fi
-tasks() { for env in "$@"; do for task in 1 2 3 4 5; do echo "$env-task$task"; done; done; }
-paper=(--updates 500000 --batch-size 1024 --width 1024 --critic-width 0 --depth 4 --lr 3e-4 --discount 0.999
-  --expectile 0.9 --sparse 0)
+paper=(--policy-updates 500000 --critic-updates 500000 --batch-size 1024 --policy-width 1024 --critic-width 1024 --lr 3e-4 --discount 0.999 --expectile 0.9 --no-sparse)
 case ${1:-} in
-  "") envs=$(tasks cube-single scene puzzle-3x3 cube-double) && options=() && share=1 ;;
-  paper) envs=$(tasks cube-triple cube-quadruple puzzle-4x4 scene) && options=("${paper[@]}") ;;
+  "") envs="cube-single scene puzzle-3x3 cube-double" && options=() ;;
+  paper) envs=$(printf '%s\n' {cube-triple,cube-quadruple,puzzle-4x4,scene}-task{1..5}) && options=("${paper[@]}") ;;
   *) envs=$1 && options=() ;;
 esac
 python=${PYTHON:-python} && out=${OUT:-runs} && number=0 && failed=() && more=("${options[@]}" "${@:3}")
 fail() { echo "run_all.sh: $*" >&2 && exit 1; }
 [ -n "$dry" ] || "$python" -c "" 2>/dev/null || fail "$python does not run: activate the environment, or set PYTHON"
 [ -z "$DATA" ] || [ -d "$DATA" ] || fail "DATA=$DATA is no folder"
-trap 'fail "interrupted; the same command resumes"' INT TERM
+trap 'kill $run_pid 2>/dev/null; wait; fail "interrupted; the same command resumes"' INT TERM
 for env in $envs; do
-  base=${env%-task?} && files=${base%-goal}-play-* && data=()
-  [ -z "$DATA" ] || data=(--data "$(compgen -G "$DATA/$files" | grep -v -e -val.npz | head -n 1)") || fail "no $files in $DATA"
+  base=${env%-task?} && data=() && kind=-play
+  case $base in *-noisy | *-stitch | *-explore | *-navigate | *-play) kind= ;; *maze* | *soccer*) kind=-navigate ;; esac
+  if [ -n "$DATA" ]; then
+    mapfile -t files < <(compgen -G "$DATA/$base$kind-*" | grep -v -e -val.npz)
+    [ ${#files[@]} -eq 1 ] || fail "DATA: ${#files[@]} match $base$kind-*, not 1: ${files[*]}"
+    data=(--data "${files[0]}")
+  fi
   for seed in ${2:-0}; do
     if [ -n "$SLURM_ARRAY_TASK_ID" ] && [ "$SLURM_ARRAY_TASK_ID" != "$((number++))" ]; then continue; fi
-    policy=() && [ -z "$share" ] || [[ $env == *1 ]] || policy=(--policy "$out/${env%?}1-s$seed")
-    run=("$python" "$here/qgf.py" --env "$env" --seed "$seed" --out "$out" "${policy[@]}" "${data[@]}" "${more[@]}")
+    run=("$python" "$here/qgf.py" --env "$env" --seed "$seed" --out "$out" "${data[@]}" "${more[@]}") && ran=1
     if [ -n "$dry" ]; then printf '%q ' "${run[@]}" && echo && continue; fi
-    "${run[@]}" || failed+=("$env-s$seed")
+    "${run[@]}" & run_pid=$!; wait $run_pid || failed+=("$env-s$seed")
   done
 done
-[ -n "$dry$SLURM_ARRAY_TASK_ID" ] || PYTHONPATH=$here "$python" "$here/.github/table.py" "$out" || failed+=(table)
+[ -n "$ran" ] || fail "SLURM_ARRAY_TASK_ID=$SLURM_ARRAY_TASK_ID: the list has $number runs, from 0"
+[ -n "$dry$SLURM_ARRAY_TASK_ID" ] || "$python" "$here/.github/table.py" "$out" || failed+=(table)
 [ ${#failed[@]} -eq 0 ] || fail "failed: ${failed[*]}"

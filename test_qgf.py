@@ -1,900 +1,1212 @@
 # SPDX-License-Identifier: MIT
 """Every loss, estimator and file of qgf.py against something independent: python -m pytest."""
-import csv, http.server, math, os, signal, subprocess, sys, threading, time, types  # noqa: E401
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-os.environ["JAX_PLATFORMS"] = "cpu"  # a GPU rounds matrix products to TF32, and the tolerances are for float32
+from types import SimpleNamespace
+
+# A GPU rounds matrix products to TF32, and the tolerances are for float32.
+os.environ["JAX_PLATFORMS"] = "cpu"
 import gymnasium
 import jax
 import jax.numpy as jnp
 import numpy as np
 import ogbench
 import pytest
-from scipy.integrate import quad, solve_ivp
+from scipy.integrate import solve_ivp
+
 import qgf
 
-S, A, KEY = 4, 2, jax.random.PRNGKey(0)
-CFG = qgf.Config(width=16, depth=2, batch_size=32, horizon=3, denoise_steps=5)
 HERE = Path(qgf.__file__).parent
-jit = partial(jax.jit, static_argnames="cfg")
-update, sample_batch, flow_matching_loss, value_loss, dqc_loss, edp_loss = map(jit, (
-    qgf.update, qgf.sample_batch, qgf.flow_matching_loss, qgf.value_loss, qgf.dqc_loss, qgf.edp_loss))
 
-def random_data(n=60, lengths=(7, 20, 4, 29), seed=0):
-    """Trajectories of these lengths, with some successes in the middle, and one that ends with one."""
-    rng, last = np.random.default_rng(seed), np.cumsum(lengths) - 1
-    masks = np.float32(rng.random(n) > 0.2)
-    masks[last] = np.arange(len(last)) != 1
-    return dict(observations=np.float32(rng.normal(size=(n, S))), actions=np.float32(rng.uniform(-1, 1, (n, A))),
-        rewards=np.float32(rng.normal(size=n)), masks=masks, ends=last[np.searchsorted(last, np.arange(n))])
+S, G, A, H = 4, 3, 2, 3
+CFG = qgf.Config(
+    policy_width=16, critic_width=16, depth=1, batch_size=32, horizon=H, denoise_steps=5
+)
+KEY = jax.random.PRNGKey(0)
+sample_batch = jax.jit(qgf.sample_batch, static_argnums=2)
+init_state = jax.jit(qgf.init_state, static_argnums=(0, 1, 2))
 
-def on_device(raw, R):
-    """What `load_dataset` makes of random_data; its rule for `starts` is spelled out row by row."""
-    n = len(raw["ends"])
-    starts = [i for i in range(n) if i + R <= raw["ends"][i] + (raw["masks"][raw["ends"][i]] == 0)]
-    return jax.device_put(raw | dict(starts=np.int32(np.resize(starts, n)), n_starts=np.int32(len(starts))))
 
-DATA = on_device(random_data(), CFG.horizon)
+def random_data():
+    """Trajectories of 7, 20, 4 and 29 rows; that of 20 ends with a success."""
+    rng = np.random.default_rng(0)
+    last = np.array([6, 26, 30, 59])
+    ends = last[np.searchsorted(last, np.arange(60))]
+    masks = np.float32(rng.random(60) > 0.2)
+    masks[last] = [1, 0, 1, 1]
+    starts = [i for i in range(60) if i + H <= ends[i] or (i + H - 1 == ends[i] == 26)]
+    return qgf.Data(
+        observations=np.float32(rng.normal(size=(60, S))),
+        actions=np.float32(rng.uniform(-1, 1, (60, A))),
+        rewards=np.float32(rng.normal(size=60)),
+        masks=masks,
+        goals=np.float32(rng.normal(size=(60, G))),
+        ends=ends,
+        starts=np.array(starts),
+    )
 
-def some_state(cfg=CFG, goals=0):
-    """A State of one seed whose averages differ from its parameters."""
-    state, rng = jax.tree.map(lambda x: x[0], qgf.init_states((S, goals, A), cfg)), np.random.default_rng(7)
-    return state._replace(target=jax.tree.map(lambda x: x + np.float32(0.1 * rng.normal(size=x.shape)), state.target))
-def batch_of(cfg=CFG, data=DATA):
-    return sample_batch(jax.random.PRNGKey(5), data, cfg)
 
+DATA = random_data()
+BATCH = jax.device_get(sample_batch(KEY, DATA, CFG))
+
+
+def some_state(learner):
+    """A State without zeros and ones, whose averages differ from its parameters."""
+    state = jax.device_get(init_state(learner, (S, G, A), CFG))
+    rng = np.random.default_rng(7)
+
+    def noisy(x):
+        return x + np.float32(0.1 * rng.normal(size=x.shape))
+
+    params, average = (jax.tree.map(noisy, state.params) for _ in range(2))
+    return state._replace(params=params, average=average)
+
+
+def assert_same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def assert_close(a, b, **tolerance):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
+
+
+# ---- the networks in float64 numpy
 def numpy_mlp(layers, x):
-    """The network in float64 numpy, a row at a time."""
-    layers, out = jax.tree.map(lambda p: np.asarray(p, np.float64), layers), []
+    layers = jax.tree.map(lambda p: np.asarray(p, np.float64), layers)
+    out = []
     for row in np.asarray(x, np.float64):
         for layer in layers[:-1]:
             row = row @ layer["w"] + layer["b"]
             if "scale" in layer:
-                row = (row - row.mean()) / np.sqrt(row.var() + 1e-6) * layer["scale"] + layer["shift"]
+                row = (row - row.mean()) / np.sqrt(row.var() + 1e-6)
+                row = row * layer["scale"] + layer["shift"]
             row = 0.5 * row * (1 + np.tanh(np.sqrt(2 / np.pi) * (row + 0.044715 * row**3)))
         out.append(row @ layers[-1]["w"] + layers[-1]["b"])
     return np.array(out)
 
-def numpy_velocity(policy, s, a, t):
-    angles = [[1e4 * ti * 1e4 ** (-k / 8) for k in range(8)] for ti in np.ravel(t)]
-    return numpy_mlp(policy, np.concatenate([s, a, np.cos(angles), np.sin(angles)], axis=1))
-def numpy_q(critic, s, a):
-    x = np.concatenate([s, a], axis=1)
-    return np.array([numpy_mlp(jax.tree.map(lambda p: p[k], critic), x)[:, 0] for k in range(2)])  # noqa: B023
-def assert_same(a, b):
-    jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
-def assert_close(a, b, **tolerance):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
-def changed(a, b):
-    """The names in a dict of parameters that differ."""
-    return {k for k in a if any((x != y).any() for x, y in zip(jax.tree.leaves(a[k]), jax.tree.leaves(b[k])))}
 
-# ---- losses ------------------------------------------------------------------------------------------------
-def test_flow_matching_loss_equals_a_numpy_loop():
-    policy, batch, T = some_state().params["policy"], jax.device_get(batch_of()), CFG.denoise_steps
+def numpy_velocity(policy, s, a, t):
+    angles = 1e4 * np.broadcast_to(t, (len(a), 1)) * 1e4 ** (-np.arange(8) / 8)
+    return numpy_mlp(policy, np.concatenate([s, a, np.cos(angles), np.sin(angles)], axis=1))
+
+
+def numpy_q(critic, s, g, a):
+    x = np.concatenate([s, g, a], axis=1)
+    return np.array([numpy_mlp(jax.tree.map(lambda p: p[k], critic), x)[:, 0] for k in range(2)])
+
+
+def finite_differences(f, a):
+    """∇f: f maps (B, D) to (B,), a row at a time."""
+    steps = 1e-5 * np.eye(a.shape[1])
+    return np.stack([(f(a + e) - f(a - e)) / 2e-5 for e in steps], axis=1)
+
+
+# ---- networks
+def test_shapes_layers_and_first_weights():
+    cfg = replace(CFG, depth=2)
+    policy = init_state("policy", (S, G, A), cfg).params["policy"]
+    critic, v = init_state("critic", (S, G, A), cfg).params.values()
+    assert ["scale" in layer for layer in policy] == [True, False, False]  # as in the official code
+    assert ["scale" in layer for layer in critic] == [True, True, False]
+    assert policy[0]["w"].shape == (S + H * A + 16, 16)  # blind to goals
+    limit = math.sqrt(6 / (16 + 16))  # of Glorot's uniform distribution
+    assert 0.98 * limit < abs(policy[1]["w"]).max() <= limit
+    assert policy[2]["w"].std() == pytest.approx(16**-0.5, rel=0.1)  # LeCun's normal one
+
+    s, g, a = BATCH.observations, BATCH.goals, BATCH.actions
+    t = np.full((32, 1), 0.4)
+    got = jax.jit(
+        lambda: dict(
+            velocity=qgf.velocity(policy, s, a, t, cfg),
+            q_values=qgf.q_values(critic, s, g, a),
+            q_min=qgf.q_min(critic, s, g, a),
+            value=qgf.value(v, s, g),
+        )
+    )()
+    q = numpy_q(critic, s, g, a)
+    assert {*np.argmin(q, axis=0)} == {0, 1}
+    want = dict(velocity=numpy_velocity(policy, s, a, t), q_values=q, q_min=q.min(axis=0))
+    want["value"] = numpy_mlp(v, np.concatenate([s, g], axis=1))[:, 0]
+    assert_close(got, want, rtol=1e-3, atol=1e-3)
+
+
+# ---- losses
+def test_policy_loss_equals_numpy():
+    params = some_state("policy").params
+    a_1, T = BATCH.actions, CFG.denoise_steps
     key_noise, key_time = jax.random.split(KEY)
-    a_0 = np.asarray(jax.random.normal(key_noise, batch["actions"].shape))
-    steps = np.asarray(jax.random.randint(key_time, (CFG.batch_size, 1), 0, T + 1))
-    assert steps.min() == 0 and steps.max() == T  # both ends of the grid are drawn
-    total = 0.0
-    for s, a_1, noise, i in zip(batch["observations"], batch["actions"], a_0, steps):
-        v = numpy_velocity(policy, s[None], (noise + (a_1 - noise) * i / T)[None], i / T)[0]  # float32 angles cost digits
-        total += np.mean((v - (a_1 - noise)) ** 2)
-    assert flow_matching_loss(policy, batch, KEY, CFG) == pytest.approx(total / CFG.batch_size, rel=1e-4)
+    a_0 = np.asarray(jax.random.normal(key_noise, a_1.shape))
+    t = np.asarray(jax.random.randint(key_time, (32, 1), 0, T + 1)) / T
+    assert len({*t.ravel()}) == T + 1 and {0, 1} < {*t.ravel()}
+    v = numpy_velocity(params["policy"], BATCH.observations, (1 - t) * a_0 + t * a_1, t)
+    loss, log = qgf.policy_loss(params, None, BATCH, KEY, CFG)
+    assert loss == pytest.approx(np.mean((v - (a_1 - a_0)) ** 2), rel=1e-4)
+    assert log == dict(policy_loss=loss)
+
 
 def gaussian_velocity(mu, sigma):
     """The exact flow to N(μ, σ²): E[a_1 - a_0 | a_t]."""
-    def velocity(policy, s, a_t, t):
-        d = (1 - t) ** 2 + (t * sigma) ** 2
-        return mu + (t * sigma**2 - (1 - t)) * (a_t - t * mu) / d
+
+    def velocity(policy, s, a_t, t, cfg):
+        variance = (1 - t) ** 2 + (t * sigma) ** 2
+        return mu + (t * sigma**2 - (1 - t)) * (a_t - t * mu) / variance
+
     return velocity
 
-def test_flow_matching_loss_is_least_at_the_gaussians_exact_velocity(monkeypatch):
-    mu, sigma, n, T = 0.3, 0.5, 200_000, CFG.denoise_steps
-    batch = dict(observations=None, actions=mu + sigma * jax.random.normal(jax.random.PRNGKey(1), (n, 1)))
+
+def test_policy_loss_is_least_at_the_gaussians_exact_velocity(monkeypatch):
+    mu, sigma, T = 0.3, 0.5, CFG.denoise_steps
+    batch = BATCH._replace(actions=mu + sigma * jax.random.normal(KEY + 1, (200_000, 1)))
     exact = gaussian_velocity(mu, sigma)
+
     def loss(shift, tilt):
-        monkeypatch.setattr(qgf, "velocity", lambda p, s, a, t: exact(p, s, a, t) + shift + tilt * a)
-        return float(qgf.flow_matching_loss(None, batch, KEY, CFG))
+        monkeypatch.setattr(qgf, "velocity", lambda *x: exact(*x) + shift + tilt * x[2])
+        return float(qgf.policy_loss(dict(policy=None), None, batch, KEY, CFG)[0])
+
     t = np.arange(T + 1) / T  # the least loss is the variance of a_1 - a_0 given a_t
-    least = np.mean(sigma**2 + 1 - (t * sigma**2 - (1 - t)) ** 2 / ((1 - t) ** 2 + (t * sigma) ** 2))
-    assert loss(0, 0) == pytest.approx(least, rel=0.01)
-    assert all(loss(*d) > loss(0, 0) for d in [(0.05, 0), (-0.05, 0), (0, 0.05), (0, -0.05)])
+    covariance = t * sigma**2 - (1 - t)
+    least = sigma**2 + 1 - covariance**2 / ((1 - t) ** 2 + (t * sigma) ** 2)
+    assert loss(0, 0) == pytest.approx(least.mean(), rel=0.01)
+    for shift, tilt in [(0.05, 0), (-0.05, 0), (0, 0.05), (0, -0.05)]:
+        assert loss(shift, tilt) > loss(0, 0)
 
-def test_critic_and_value_loss_equal_a_numpy_loop():
-    state, batch = some_state(), batch_of()
-    q, q_target = (numpy_q(c, batch["observations"], batch["actions"])
-                   for c in (state.params["critic"], state.target["critic"]))
-    v, v_next = (numpy_mlp(state.params["value"], batch[k])[:, 0] for k in ("observations", "next_observations"))
-    y = batch["returns"] + batch["discounts"] * v_next
-    loss = jax.jit(qgf.critic_loss)(state.params["critic"], state.params["value"], batch)
-    assert loss == pytest.approx(np.mean([(q[0] - y) ** 2, (q[1] - y) ** 2]), rel=1e-5)
-    u = np.minimum(*q_target) - v
-    want = np.mean([(CFG.expectile if x > 0 else 1 - CFG.expectile) * x * x for x in u])
-    loss = value_loss(state.params["value"], state.target["critic"], batch, CFG)
-    assert loss == pytest.approx(want, rel=1e-5)
 
-def test_expectile_loss_is_least_at_the_expectile():
-    sample = jnp.array([0.0, 1.0])
-    for tau in (0.1, 0.5, 0.9, 0.999):  # there τ (1 - V) = (1 - τ) V, so V = τ
-        slope = jax.grad(lambda v: qgf.expectile_loss(sample - v, tau).mean())  # noqa: B023
-        assert abs(slope(tau)) < 1e-6 and slope(tau - 0.01) < 0 < slope(tau + 0.01)
+def test_critic_loss_equals_numpy_and_each_term_reaches_its_own_network():
+    params, average, *_ = some_state("critic")
+    assert {*(BATCH.discounts > 0)} == {True, False}
+    s, g, a = BATCH.observations, BATCH.goals, BATCH.actions
+    q = numpy_q(params["critic"], s, g, a)
+    q_average = numpy_q(average["critic"], s, g, a).min(axis=0)
+    v, v_next = (
+        numpy_mlp(params["value"], np.concatenate([x, g], axis=1))[:, 0]
+        for x in (s, BATCH.next_observations)
+    )
+    q_loss = np.mean((q - BATCH.returns - BATCH.discounts * v_next) ** 2)
+    u = q_average - v
+    assert {*(u < 0)} == {True, False}
+    v_loss = np.mean(np.where(u < 0, 0.05, 0.95) * u**2)
 
-def test_edp_loss_equals_a_numpy_loop_and_leaves_the_others_alone():
-    cfg = replace(CFG, edp=3.0)
-    state, batch = some_state(cfg), jax.device_get(batch_of())
-    s, a_1, policy = batch["observations"], batch["actions"], state.params["edp"]
-    a_0, a_t, t = (np.asarray(x, np.float64) for x in qgf.noisy_actions(a_1, KEY, cfg))
-    v = numpy_velocity(policy, s, a_t, t)
-    q = numpy_q(state.target["critic"], s, np.clip(a_t + (1 - t) * v, -1, 1)).min(axis=0)
-    loss = lambda p: edp_loss(p, state.target["critic"], batch, KEY, cfg)
-    assert loss(policy) == pytest.approx(3 * np.mean((v - (a_1 - a_0)) ** 2) - q.mean(), rel=1e-4)
-    with_edp, without = update(state, batch, KEY, cfg)[0], update(some_state(), batch, KEY, CFG)[0]
-    assert_close(*({k: x.params[k] for k in ("policy", "critic", "value")} for x in (with_edp, without)), atol=2e-5)
-    alone = jax.tree.map(lambda p, g: p - CFG.lr * g / (abs(g) + 1e-8), policy, jax.grad(loss)(policy))
-    assert_close(with_edp.params["edp"], alone, atol=2e-5)  # Adam's first step
+    def terms(params):
+        loss, log = qgf.critic_loss(params, average, BATCH, KEY, CFG)
+        return log, (loss, log)
 
-def test_dqc_loss_equals_a_numpy_loop_and_reaches_both_critics_alone():
-    cfg = replace(CFG, long_horizon=4, kappa=0.8)
-    data = on_device(random_data(), 4)
-    state, batch = some_state(cfg), jax.device_get(batch_of(cfg, data))
-    np.testing.assert_array_equal(batch["long_actions"][:, : 3 * A], batch["actions"])
-    s, p = batch["observations"], state.params
-    q_long, q = numpy_q(p["long_critic"], s, batch["long_actions"]), numpy_q(p["critic"], s, batch["actions"])
-    v_next = numpy_mlp(p["value"], batch["next_observations"])[:, 0]
-    gap, y = q_long - q, batch["returns"] + batch["discounts"] * v_next
-    want = np.mean((q_long - y) ** 2) + np.mean(np.where(gap > 0, 0.8, 0.2) * gap**2)
-    assert dqc_loss(p, batch, cfg) == pytest.approx(want, rel=1e-5)
-    g = jax.grad(lambda p: dqc_loss(p, batch, cfg))(p)
-    assert {k for k, v in g.items() if any(x.any() for x in jax.tree.leaves(v))} == {"critic", "long_critic"}
-    long = batch | dict(actions=batch["long_actions"])
-    alone = jax.grad(qgf.critic_loss)(p["long_critic"], p["value"], long)
-    assert_close(g["long_critic"], alone, rtol=1e-4, atol=1e-6)
-    updated, info = update(state, batch, KEY, cfg)
-    assert info["critic_loss"] == pytest.approx(want, rel=1e-5)
-    assert changed(updated.params, p) == {"policy", "critic", "long_critic", "value"}
+    slopes, (loss, log) = jax.jit(jax.jacrev(terms, has_aux=True))(params)
+    assert loss == pytest.approx(q_loss + v_loss, rel=1e-4)
+    assert_close(log, dict(q_loss=q_loss, v_loss=v_loss, q=q_average.mean()), rtol=1e-4)
+    reached = [
+        (term, name)
+        for term in slopes
+        for name, tree in slopes[term].items()
+        if any(x.any() for x in jax.tree.leaves(tree))
+    ]
+    assert sorted(reached) == [("q_loss", "critic"), ("v_loss", "value")]
 
-def test_each_loss_reaches_its_own_network_and_the_averages_take_in_the_old_ones():
-    state, batch = some_state(), batch_of()
-    together, info = update(state, batch, KEY, CFG)
-    losses = dict(policy=lambda p: qgf.flow_matching_loss(p, batch, KEY, CFG),
-        critic=lambda p: qgf.critic_loss(p, state.params["value"], batch),
-        value=lambda p: qgf.value_loss(p, state.target["critic"], batch, CFG))
-    for name, loss in losses.items():
-        p = state.params[name]
-        alone = jax.tree.map(lambda p, g: p - CFG.lr * g / (abs(g) + 1e-8), p, jax.jit(jax.grad(loss))(p))
-        assert_close(together.params[name], alone, atol=2e-5)  # Adam's first step
-        key = "flow" if name == "policy" else name
-        assert info[f"{key}_loss"] == pytest.approx(float(loss(p)), rel=1e-5)
-    q = qgf.q_min(state.target["critic"], batch["observations"], batch["actions"])
-    assert info["q"] == pytest.approx(float(q.mean()), rel=1e-5)
-    old = {k: state.params[k] for k in ("policy", "critic")}
-    averaged = jax.tree.map(lambda new, average: 0.005 * new + 0.995 * average, old, state.target)
-    assert_close(together.target, averaged, rtol=1e-5, atol=1e-7)
-    fresh = qgf.init_states((S, 0, A), replace(CFG, edp=1.0))
-    assert_same(fresh.target, {k: fresh.params[k] for k in ("policy", "critic", "edp")})
 
-# ---- batches and goals -------------------------------------------------------------------------------------
-@pytest.mark.parametrize("sparse, H", [(False, CFG.horizon), (True, 4)])  # 4 are DQC's long chunks
-def test_chunks_stay_in_one_trajectory_and_returns_stop_at_success(tmp_path, monkeypatch, sparse, H):
-    raw = random_data()
-    monkeypatch.setattr(FakeEnv, "sparse", sparse)
-    data = qgf.load_dataset(write(tmp_path / "d.npz"), FakeEnv, H)
-    starts = [i for i in range(60) if i + H < 60 and raw["ends"][i] == raw["ends"][i + H]]
-    starts = sorted([*starts, 27 - H])  # rows 7 to 26 end with a success, and need no state after that
-    assert data["starts"][: data["n_starts"]].tolist() == starts
-    batch, drawn = jax.device_get(sample_batch(KEY, data, replace(CFG, batch_size=500, long_horizon=H))), set()
+@pytest.mark.parametrize("tau", [0.1, 0.5, 0.9, 0.999])
+def test_expectile_loss_is_least_at_the_expectile(tau):
+    def loss(v):  # of 0 and 1, whose expectile solves τ (1 - V) = (1 - τ) V: V = τ
+        return qgf.expectile_loss(jnp.array([0.0, 1.0]) - v, tau).mean()
+
+    slope = jax.grad(loss)
+    assert abs(slope(tau)) < 1e-6
+    assert slope(tau - 0.01) < 0 < slope(tau + 0.01)
+
+
+# ---- batches
+def test_chunks_are_those_of_a_brute_force_loop_and_returns_stop_at_success():
+    states = np.arange(60.0)[:, None]  # a state is its row's number
+    data = DATA._replace(observations=states, goals=np.zeros((60, 0)))
+    batch = jax.device_get(sample_batch(KEY, data, replace(CFG, batch_size=500)))
+    assert batch.goals.shape == (500, 0)
     for k in range(500):
-        i = int(np.flatnonzero((raw["observations"] == batch["observations"][k]).all(axis=1))[0])
-        drawn.add(i)
-        ret, discount = 0.0, CFG.discount**H
+        i = int(batch.observations[k, 0])
+        total, discount = 0.0, 0.99**H
         for j in range(H):
-            ret += CFG.discount**j * (-raw["masks"] if sparse else raw["rewards"])[i + j]
-            if raw["masks"][i + j] == 0:
+            assert data.ends[i + j] == data.ends[i]
+            total += 0.99**j * data.rewards[i + j]
+            if data.masks[i + j] == 0:
                 discount = 0.0
                 break
-        assert batch["returns"][k] == pytest.approx(ret, abs=1e-5)
-        assert batch["discounts"][k] == pytest.approx(discount)
-        np.testing.assert_array_equal(batch["long_actions"][k], raw["actions"][i : i + H].ravel())
+        assert batch.returns[k] == pytest.approx(total, abs=1e-5)
+        assert batch.discounts[k] == pytest.approx(discount)
+        np.testing.assert_array_equal(batch.actions[k], data.actions[i : i + H].ravel())
         if discount:
-            np.testing.assert_array_equal(batch["next_observations"][k], raw["observations"][i + H])
-    assert drawn == set(starts)  # 500 draws of 49 starts
+            assert batch.next_observations[k] == i + H
+    assert {*batch.observations[:, 0]} == {*data.starts}
 
-@pytest.mark.parametrize("alike", [1, 4])
-def test_hindsight_goals_rewards_and_masks_equal_a_brute_force_loop(alike):
-    raw, n, i = random_data() | dict(masks=np.ones(60, np.float32)), 6000, np.arange(60)
-    rows = np.float32([i // alike + 0.1 * (i % alike), 0.1 * (i % 2)]).T  # `alike` successive rows are near each other
-    data = on_device(raw | dict(goals=rows), CFG.horizon)
-    batch, kinds = jax.device_get(sample_batch(KEY, data, replace(CFG, batch_size=n))), [0, 0, 0, 0]
+
+def test_hindsight_equals_a_brute_force_loop():
+    n, i = 6000, np.arange(60)
+    pairs = np.float32([i // 2 * 0.8 + i % 2 * 0.39, i % 2 * 0.39]).T  # .39 within, .41 between
+    data = DATA._replace(goals=pairs, observations=np.arange(60.0)[:, None])
+    batch = jax.device_get(sample_batch(KEY, data, replace(CFG, batch_size=n)))
+    counts, ends = [0, 0, 0, 0], data.ends
     for k in range(n):
-        s, goal = batch["observations"][k, :S], int(np.flatnonzero(rows[:, 0] == batch["observations"][k, S])[0])
-        i = int(np.flatnonzero((raw["observations"] == s).all(axis=1))[0])
-        ret, discount = 0.0, CFG.discount**CFG.horizon
-        for j in range(CFG.horizon):
-            if (i + j) // alike == goal // alike:
+        i = int(batch.observations[k, 0])
+        goal = int(np.flatnonzero((pairs == batch.goals[k]).all(axis=1))[0])
+        total, discount = 0.0, 0.99**H
+        for j in range(H):
+            if (i + j) // 2 == goal // 2:
                 discount = 0.0
                 break
-            ret -= CFG.discount**j
-        assert batch["returns"][k] == pytest.approx(ret, abs=1e-5)
-        assert batch["discounts"][k] == pytest.approx(discount)
-        want = [*raw["observations"][i + CFG.horizon], *rows[goal]]  # the same goal after the chunk
-        np.testing.assert_array_equal(batch["next_observations"][k], np.float32(want))
-        kinds[0 if goal == i else 3 if goal == raw["ends"][i] else 1 if i < goal < raw["ends"][i] else 2] += 1
-    starts = np.asarray(data["starts"][: data["n_starts"]])
-    left = raw["ends"][starts] - starts  # later rows of the trajectory; the last of them is one
-    present, later, last = 0.2 + 0.3 / 60, *(np.mean(0.5 * x + 0.3 * x * left / 60) for x in (1, 1 / left))
-    np.testing.assert_allclose(np.array(kinds) / n, [present, later - last, 1 - present - later, last], atol=0.01)
+            total -= 0.99**j
+        assert batch.returns[k] == pytest.approx(total, abs=1e-5)
+        assert batch.discounts[k] == pytest.approx(discount)
+        counts[0 if goal == i else 3 if goal == ends[i] else 1 if i < goal < ends[i] else 2] += 1
+    left = ends[data.starts] - data.starts  # rows to come, the last of which is one
+    later, last = (np.mean(0.5 * x + 0.3 * x * left / 60) for x in (1, 1 / left))
+    want = [0.2 + 0.3 / 60, later - last, 0.8 - 0.3 / 60 - later, last]
+    np.testing.assert_allclose(np.array(counts) / n, want, atol=0.012)
 
-def test_the_flow_is_blind_to_goals_while_that_of_edp_and_the_critic_see_them():
-    params = qgf.init_params(KEY, (S, 2, A), replace(CFG, edp=1.0, critic_width=8))
-    assert ["scale" in layer for layer in params["policy"]] == [True, False, False]  # as in the official code
-    assert params["critic"][0]["w"].shape == (2, S + 2 + CFG.horizon * A, 8)
-    a, t = jnp.zeros((2, CFG.horizon * A)), jnp.zeros((2, 1))
-    s = jnp.zeros((2, S + 2)).at[1, S:].set(1.0)  # two goals in the same state
-    blind, seeing = (qgf.velocity(params[k], s, a, t) for k in ("policy", "edp"))
-    assert (blind[0] == blind[1]).all() and (seeing[0] != seeing[1]).any()
-    assert (qgf.q_values(params["critic"], s, a)[:, 0] != qgf.q_values(params["critic"], s, a)[:, 1]).all()
 
-# ---- training ----------------------------------------------------------------------------------------------
-def test_scanned_updates_equal_single_updates_however_they_are_grouped():
-    scanned, info = qgf.train(qgf.init_states((S, 0, A), CFG), DATA, 6, CFG)
-    grouped = qgf.init_states((S, 0, A), CFG)
-    for n in (3, 3):
-        grouped, last = qgf.train(grouped, DATA, n, CFG)
+# ---- training
+@pytest.mark.parametrize("learner", qgf.LEARNERS)
+def test_training_is_single_updates_however_they_are_grouped(learner):
+    scanned, log = jax.device_get(qgf.train(learner, some_state(learner), DATA, 4, CFG))
+    grouped, _ = qgf.train(learner, some_state(learner), DATA, 2, CFG)
+    grouped, last = qgf.train(learner, grouped, DATA, 2, CFG)
     assert_same(scanned, grouped)
-    assert_same({k: v[:, 3:] for k, v in info.items()}, last)
-    single = jax.tree.map(lambda x: x[0], qgf.init_states((S, 0, A), CFG))  # compiled apart: equal but for rounding
-    for _ in range(6):
-        key_batch, key_update = jax.random.split(jax.random.fold_in(single.key, single.step))
-        single, _ = update(single, sample_batch(key_batch, DATA, CFG), key_update, CFG)
-    assert_close(jax.tree.map(lambda x: x[0], scanned), single, rtol=1e-4, atol=1e-6)
+    assert_same({name: x[2:] for name, x in log.items()}, last)
 
-def test_seeds_trained_at_once_differ_and_are_those_of_single_runs(monkeypatch):
-    cfg = replace(CFG, depth=1, seed=5, seeds=2)
-    states, info = qgf.train(qgf.init_states((S, 0, A), cfg), DATA, 3, cfg)
-    assert len({float(x) for x in info["flow_loss"][:, 0]}) == 2  # other batches, other noise
-    for i in range(2):
-        one = replace(cfg, seed=5 + i, seeds=1)
-        alone, _ = qgf.train(qgf.init_states((S, 0, A), one), DATA, 3, one)
-        assert_same(jax.tree.map(lambda x: x[i : i + 1], states), alone)  # noqa: B023
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # where the seeds are trained together
-    together = jax.jit(qgf.train.__wrapped__, static_argnames=("n", "cfg"))(qgf.init_states((S, 0, A), cfg), DATA, 3, cfg)
-    assert_close(together[0], states, atol=2e-5)
+    params, average, _, key, _ = some_state(learner)
+    m = v = jax.tree.map(np.zeros_like, params)
+    _, loss = qgf.LEARNERS[learner]
+    gradient = jax.jit(jax.grad(loss, has_aux=True), static_argnums=4)
+    for i in range(4):
+        key_batch, key_loss = jax.random.split(jax.random.fold_in(key, i))
+        batch = sample_batch(key_batch, DATA, CFG)
+        g, info = jax.device_get(gradient(params, average, batch, key_loss, CFG))
+        assert_close({name: x[i] for name, x in log.items()}, info, rtol=1e-3)
+        average = jax.tree.map(lambda x, p: 0.995 * x + 0.005 * p, average, params)  # the old ones
+        m = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, m, g)
+        v = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g**2, v, g)
+        m_scale, v_scale = 1 - 0.9 ** (i + 1), 1 - 0.999 ** (i + 1)
+        params = jax.tree.map(
+            lambda p, m, v: p - 1e-3 * m / m_scale / (np.sqrt(v / v_scale) + 1e-8), params, m, v
+        )
+    assert_close(scanned.params, params, atol=4e-5)
+    assert_close(scanned.average, average, atol=1e-6)
+    assert scanned.step == 4
 
+
+@pytest.mark.parametrize("learner", qgf.LEARNERS)
+def test_seeds_differ_and_the_first_average_is_the_parameters(learner):
+    state, other = (
+        jax.device_get(init_state(learner, (S, G, A), replace(CFG, seed=i))) for i in (0, 1)
+    )
+    assert_same(state.params, state.average)
+    weights = [[x for x in jax.tree.leaves(y.params) if x.std() > 0] for y in (state, other)]
+    assert all((x != y).all() for x, y in zip(*weights, strict=True))
+    assert (state.key != other.key).any()
+
+
+# ---- a bandit whose actions are near (-.6, 0) or, one time in five, (.6, 0), which is better
 @pytest.fixture(scope="session")
 def toy():
-    """Nets for a bandit: actions near (-.6, 0) or, one time in five, the better (.6, 0); Q is the first."""
-    rng, n = np.random.default_rng(0), 4000
-    good = rng.random(n) < 0.2
-    actions = np.float32(np.where(good[:, None], [0.6, 0], [-0.6, 0]) + rng.normal(0, 0.1, (n, 2)))
-    data = dict(observations=np.zeros((n, 1), np.float32), actions=actions, rewards=actions[:, 0])
-    data |= dict(masks=np.zeros(n, np.float32), ends=np.arange(n) | 1)
-    cfg = qgf.Config(width=64, depth=2, horizon=1, edp=0.2)
-    states, _ = qgf.train(qgf.init_states((1, 0, 2), cfg), on_device(data, 1), 1500, cfg)
-    return jax.tree.map(lambda x: x[0], states.target)
+    rng = np.random.default_rng(0)
+    n = 4000
+    good = rng.random((n, 1)) < 0.2
+    actions = np.float32(np.where(good, [0.6, 0], [-0.6, 0]) + rng.normal(0, 0.1, (n, 2)))
+    data = qgf.Data(
+        observations=np.zeros((n, 1), np.float32),
+        actions=actions,
+        rewards=actions[:, 0],
+        masks=np.zeros(n, np.float32),
+        goals=np.zeros((n, 0), np.float32),
+        ends=np.arange(n),
+        starts=np.arange(n),
+    )
+    cfg = qgf.Config(policy_width=32, critic_width=32, depth=2, batch_size=128, horizon=1)
+    nets = {}
+    for learner in qgf.LEARNERS:
+        state = init_state(learner, (1, 0, 2), cfg)
+        nets |= qgf.train(learner, state, data, 1500, cfg)[0].average
+    return nets, cfg
+
 
 def test_a_toy_bandit_is_solved(toy):
-    def good(N, w, method):
-        a_0 = jax.random.normal(KEY, (500, N, 2))
-        return (qgf.sample_actions(toy, jnp.zeros((500, 1)), a_0, w, method, 10)[0][:, 0] > 0).mean()
+    nets, cfg = toy
+
+    def good(samples, w, method):
+        a_0 = jax.random.normal(KEY, (500, samples, 2))
+        s, g = jnp.zeros((500, 1)), jnp.zeros((500, 0))
+        return (qgf.sample_actions(nets, s, g, a_0, w, method, cfg)[0][:, 0] > 0).mean()
+
     assert 0.1 < good(1, 0.0, "bc") < 0.35  # a fifth, as in the data
-    assert good(1, 10.0, "qgf") > 0.9 and good(32, 0.0, "bc") > 0.95  # QGF; best of 32
-    assert good(1, 0.0, "edp") > 0.9  # trained towards Q
+    assert good(1, 10.0, "qgf") > 0.9
+    assert good(32, 0.0, "bc") > 0.95
+
 
 def test_the_gradients_point_the_right_way(toy):
-    """Along the unguided flow: agreement with BPTT's gradient, steadiness under a little noise, and effect."""
-    s, a_t, T, found = jnp.zeros((200, 1)), jax.random.normal(KEY, (200, 2)), 10, {}
-    q = jax.jit(partial(qgf.q_min, toy["critic"], s))
-    flow = jax.jit(lambda a, t: qgf.velocity(toy["policy"], s, a, t))
-    end = jax.jit(lambda a, t: qgf.integrate(flow, a, t, T))
-    gradient = {m: jax.jit(lambda a, t, m=m: qgf.GUIDANCE[m](q, flow, a, t, flow(a, t), T)) for m in qgf.GUIDANCE}
+    """Along the unguided flow: agreement with BPTT, steadiness under noise, and effect."""
+    nets, cfg = toy
+    T = cfg.denoise_steps
+    s, g, a_t = jnp.zeros((200, 1)), jnp.zeros((200, 0)), jax.random.normal(KEY, (200, 2))
+    noise = 0.01 * jax.random.normal(KEY, a_t.shape)
+    flow = jax.jit(lambda a, t: qgf.velocity(nets["policy"], s, a, t, cfg))
+    q = jax.jit(partial(qgf.q_min, nets["critic"], s, g))
+    end = jax.jit(lambda a, t: q(qgf.integrate(flow, a, t, T)))
+
+    @jax.jit
+    def estimates(a, t):
+        return {name: f(q, flow, a, t, flow(a, t), T) for name, f in qgf.GUIDANCE.items()}
+
+    agrees, noisy, better = {}, {}, {}
     for i in range(T):
-        t = jnp.full((200, 1), i / T)
-        true = gradient["bptt"](a_t, t)
-        for m in gradient if i in (0, 5, 9) else ():
-            g, moved = gradient[m](a_t, t), gradient[m](a_t + 0.01 * jax.random.normal(KEY, a_t.shape), t)
-            size, size_true, change = (jnp.linalg.norm(x, axis=1, keepdims=True) for x in (g, true, moved - g))
-            better = q(end(a_t + 0.1 * g / size, t)) > q(end(a_t, t))
-            found[m, i] = ((g * true / size / size_true).sum(axis=1).mean(), jnp.median(change / size), better.mean())
+        t = np.full((200, 1), i / T)
+        all_d, all_noisy = (jax.device_get(estimates(a, t)) for a in (a_t, a_t + noise))
+        true = all_d["bptt"] / np.linalg.norm(all_d["bptt"], axis=1, keepdims=True)
+        for method, d in all_d.items():
+            size = np.linalg.norm(d, axis=1, keepdims=True)
+            change = np.linalg.norm(all_noisy[method] - d, axis=1, keepdims=True)
+            agrees[method, i] = np.sum(d / size * true, axis=1).mean()
+            noisy[method, i] = np.median(change / size)
+            better[method, i] = np.mean(end(a_t + 0.1 * d / size, t) > end(a_t, t))
         a_t = a_t + flow(a_t, t) / T
     for i in (0, 5, 9):
-        for m in ("bptt", "qgf", "qgf-chain", "qfql"):
-            assert found[m, i][0] > 0.5 and found[m, i][2] > 0.75, (m, i)
-        assert found["qgf", i][1] < found["qgf-jacobian", i][1]  # steadier without J (the paper's Figure 3)
-    assert found["qgf-jacobian", 0][0] < found["qgf", 0][0]  # from pure noise J says nothing
-    assert found["qgf-jacobian", 9][0] > 0.999  # with one step left, it is BPTT
+        for method in ("bptt", "qgf", "qfql"):
+            assert agrees[method, i] > 0.5 and better[method, i] > 0.75, (method, i)
+        assert i == 9 or noisy["qgf", i] < noisy["qgf-jacobian", i]  # the paper's Figure 3
+    assert agrees["qgf-jacobian", 0] < agrees["qgf", 0]  # from pure noise the Jacobian says nothing
+    assert agrees["qgf-jacobian", 9] > 0.999  # with one step left, it is BPTT
 
-# ---- guidance ----------------------------------------------------------------------------------------------
-def sampling(B=6, N=1):
+
+# ---- guidance
+def sampling(B, N=1):
+    """Networks, states, goals and noise."""
     rng = np.random.default_rng(3)
-    s, a_0 = (jnp.float32(rng.normal(size=size)) for size in ((B, S), (B, N, CFG.horizon * A)))
-    return some_state().target, s, a_0
-def sample(nets, s, a_0, w, method="qgf"):
-    return qgf.sample_actions(nets, s, a_0, w, method, 5)[0]
-def closures(nets, s):
-    return partial(qgf.q_min, nets["critic"], s), partial(qgf.velocity, nets["policy"], s)
-def numpy_end(nets, s, a, t, T=5):
-    """The unguided flow from a at t, in float64 numpy."""
-    for i in range(round(t * T), T):
-        a = a + numpy_velocity(nets["policy"], s, a, np.full(len(a), i / T)) / T
-    return np.clip(a, -1, 1)
+    nets = some_state("policy").average | some_state("critic").average
+    sizes = (B, S), (B, G), (B, N, H * A)
+    return nets, *(np.float32(rng.normal(size=size)) for size in sizes)
 
-def test_estimators_equal_finite_differences_of_what_they_are_the_gradient_of():
-    nets, s, a_0 = sampling()
-    (q_s, flow), a_t, t = closures(nets, s), 0.5 * a_0[:, 0], 0.4  # some clean actions are clipped, most are not
-    tt, a = jnp.full((6, 1), t), np.asarray(a_t, np.float64)
-    q = lambda a: numpy_q(nets["critic"], s, a).min(axis=0)
-    clean = lambda a: np.clip(a + (1 - t) * numpy_velocity(nets["policy"], s, a, np.full(6, t)), -1, 1)
-    end = numpy_end(nets, s, a, t)
-    assert (abs(end) == 1).any() and (abs(end) < 1).mean() > 0.5 and (abs(clean(a)) == 1).any()
-    np.testing.assert_allclose(qgf.integrate(flow, a_t, tt, 5), end, atol=1e-4)
-    references = {
-        "qfql": (a, q), "qgf": (clean(a), q), "qgf-jacobian": (a, lambda a: q(clean(a))), "qgf-chain": (end, q),
-        "bptt": (a, lambda a: q(numpy_end(nets, s, a, t)))}
-    assert references.keys() == qgf.GUIDANCE.keys()
-    for name, (at, f) in references.items():
-        g = qgf.GUIDANCE[name](q_s, flow, a_t, tt, flow(a_t, tt), 5)
-        for d in range(a.shape[1]):
-            e = 1e-5 * np.eye(a.shape[1])[d]
-            np.testing.assert_allclose(g[:, d], (f(at + e) - f(at - e)) / 2e-5, rtol=2e-2, atol=1e-3, err_msg=name)
+
+def closures(nets, s, g):
+    """What an estimator may ask."""
+    flow = jax.jit(lambda a, t: qgf.velocity(nets["policy"], s, a, t, CFG))
+    return jax.jit(partial(qgf.q_min, nets["critic"], s, g)), flow
+
+
+def test_estimators_equal_finite_differences():
+    nets, s, g, a_0 = sampling(6)
+    q, flow = closures(nets, s, g)
+    a = 0.5 * a_0[:, 0]  # some clean actions are clipped, most are not
+    t = np.full((6, 1), 0.4)
+
+    def judge(a):
+        return numpy_q(nets["critic"], s, g, a).min(axis=0)
+
+    def clean(a):
+        return np.clip(a + 0.6 * numpy_velocity(nets["policy"], s, a, 0.4), -1, 1)
+
+    def end(a):
+        for now in (0.4, 0.6, 0.8):
+            a = a + numpy_velocity(nets["policy"], s, a, now) / 5
+        return np.clip(a, -1, 1)
+
+    for f in (clean, end):
+        assert (abs(f(a)) == 1).any() and (abs(f(a)) < 1).mean() > 0.5
+    want = {
+        "qgf": finite_differences(judge, clean(a)),
+        "qgf-jacobian": finite_differences(lambda a: judge(clean(a)), a),
+        "bptt": finite_differences(lambda a: judge(end(a)), a),
+        "qfql": finite_differences(judge, a),
+    }
+
+    @jax.jit
+    def estimate(a, t):
+        estimates = {name: f(q, flow, a, t, flow(a, t), 5) for name, f in qgf.GUIDANCE.items()}
+        return estimates, qgf.integrate(flow, a, t, 5)
+
+    got, got_end = estimate(a, t)
+    assert_close(got, want, rtol=2e-2, atol=1e-3)
+    np.testing.assert_allclose(got_end, end(a), atol=1e-4)
+
 
 def test_no_weight_is_bc_exactly_and_another_weight_compiles_nothing():
-    nets, s, a_0 = sampling()
-    np.testing.assert_array_equal(sample(nets, s, a_0, 0.0), sample(nets, s, a_0, 1.0, "bc"))
+    nets, *rest = sampling(6)
+    bc, _ = qgf.sample_actions(nets, *rest, 1.0, "bc", CFG)
+    np.testing.assert_array_equal(qgf.sample_actions(nets, *rest, 0.0, "qgf", CFG)[0], bc)
     compiled = qgf.sample_actions._cache_size()
-    sample(nets, s, a_0, 0.123)
+    assert (qgf.sample_actions(nets, *rest, 0.123, "qgf", CFG)[0] != bc).any()
     assert qgf.sample_actions._cache_size() == compiled
 
-@pytest.mark.parametrize("method", [*qgf.GUIDANCE, "gradstep", "bc"])
+
+@pytest.mark.parametrize("method", qgf.METHODS)
 def test_every_method_is_its_plain_loop_and_best_of_2(method):
-    nets, s, a_0 = sampling(N=2)
-    (q, flow), candidates = closures(nets, s), []
-    estimate = jax.jit(lambda a, t: qgf.GUIDANCE[method](q, flow, a, t, flow(a, t), 5) if method in qgf.GUIDANCE else 0 * a)
-    for n in range(2):
-        a = a_0[:, n]
-        for i in range(5):
-            t = jnp.full((6, 1), i / 5)
-            a = a + (flow(a, t) + 0.1 * estimate(a, t)) / 5
-        a = np.clip(a, -1, 1)
-        for _ in range(qgf.ASCENTS if method == "gradstep" else 0):
-            a = np.clip(a + 0.1 * qgf.grad_q(q, a), -1, 1)
-        candidates.append(a)
-    best = np.argmax([q(a) for a in candidates], axis=0)
-    assert 0 < best.sum() < 6  # either candidate is the better one somewhere
-    got = sample(nets, s, a_0, 0.1, method)
-    np.testing.assert_allclose(got, np.array(candidates)[best, np.arange(6)], atol=1e-4)
-    assert method == "bc" or (abs(got - sample(nets, s, a_0, 0.0)).max(axis=1) > 1e-3).all()
+    """Without fade, qgf is the paper's update."""
+    nets, s, g, a_0 = sampling(6, N=2)
+    q, flow = closures(nets, s, g)
+    uphill = jax.jit(jax.grad(lambda a: q(a).sum()))
+    estimate = qgf.GUIDANCE.get(method, lambda q, flow, a_t, t, v, T: 0)
+    estimate = jax.jit(partial(estimate, q, flow, T=5))
+    for fade in (True, False):
+        candidates = []
+        for n in range(2):
+            a = a_0[:, n]
+            for i in range(5):
+                t = np.full((6, 1), i / 5)
+                c = (1 - t) / ((1 - t) ** 2 + t**2) if fade else 1
+                v = np.array(flow(a, t))
+                a = a + (v + 0.1 * c * np.array(estimate(a, t, v))) / 5
+            a = np.clip(a, -1, 1)
+            for _ in range(qgf.ASCENTS if method == "gradstep" else 0):
+                a = np.clip(a + 0.1 * np.array(uphill(a)), -1, 1)
+            candidates.append(a)
+        best = np.argmax([q(a) for a in candidates], axis=0)
+        assert 0 < best.sum() < 6  # either is the better one somewhere
+        got, _ = qgf.sample_actions(nets, s, g, a_0, 0.1, method, replace(CFG, fade=fade))
+        np.testing.assert_allclose(got, np.array(candidates)[best, np.arange(6)], atol=1e-4)
+
 
 @pytest.mark.parametrize("method", [*qgf.GUIDANCE, "gradstep"])
-def test_relative_weight_for_a_linear_critic_is_a_closed_form(monkeypatch, method):
-    """Q = c·a has the gradient c everywhere: w ‖c‖ / sqrt(HA) = λ, whatever the size of c."""
-    c, (nets, s, a_0) = np.float32([1, -2, 0.5, 3, 0, 1]), sampling(B=50)
-    weights = []
-    monkeypatch.setattr(qgf, "velocity", lambda policy, s, a, t: 0 * a)  # so that J is the clip's: 0 or 1
-    monkeypatch.setattr(qgf, "sample_actions", qgf.sample_actions.__wrapped__)
+def test_relative_weight_of_a_linear_critic(monkeypatch, method):
+    """∇Q is x everywhere: all pushes together have the rms λ, whatever the size of x."""
+    x = np.float32([1, -2, 0.5, 3, 0, 1])
+    monkeypatch.setattr(jax.random, "normal", lambda key, shape: jnp.zeros(shape))  # no clipping
+    policy = [dict(w=jnp.zeros((S + 6 + 16, 6)), b=jnp.zeros(6))]  # stays there
     for size in (1.0, 10.0, 1e-4):
-        monkeypatch.setattr(qgf, "q_values", lambda critic, s, a: jnp.stack([a @ (size * c)] * 2))  # noqa: B023
-        weights.append(size * qgf.relative_weight(0.1, nets, s, 0.1 * a_0, method, 5))
-    want = 0.1 * math.sqrt(6) / np.linalg.norm(c) / (2 * qgf.ASCENTS if method == "gradstep" else 1)
-    np.testing.assert_allclose(weights, want, rtol=1e-4)
+        w = np.concatenate([np.ones(S + G), size * x]).astype(np.float32)
+        nets = dict(policy=policy, critic=[dict(w=np.stack([w, w])[..., None], b=np.zeros((2, 1)))])
+        got = qgf.relative_weight(0.5, nets, BATCH, method, CFG)
+        push = got * size * np.sqrt(np.mean(x**2))
+        if method == "gradstep":
+            push *= 10 * qgf.ASCENTS
+        assert push == pytest.approx(0.5, rel=1e-4)
+
 
 def test_relative_weight_is_lambda_over_the_rms_along_the_unguided_flow():
-    nets, s, a_0 = sampling(B=20)
-    (q, flow), a, squares = closures(nets, s), a_0[:, 0], []
+    nets = sampling(1)[0]
+    q, flow = closures(nets, BATCH.observations, BATCH.goals)
+    estimate = jax.jit(partial(qgf.qgf, q, flow, T=5))
+    a = np.array(jax.random.normal(KEY, BATCH.actions.shape))
+    squares = []
     for i in range(5):
-        t = jnp.full((20, 1), i / 5)
-        squares.append(np.mean(np.square(qgf.GUIDANCE["qgf"](q, flow, a, t, flow(a, t), 5))))
-        a = a + flow(a, t) / 5
-    w = qgf.relative_weight(0.1, nets, s, a_0, "qgf", 5)
-    assert w == pytest.approx(0.1 / np.sqrt(np.mean(squares)), rel=1e-5)
+        t = np.full((32, 1), i / 5)
+        v = np.array(flow(a, t))
+        squares.append(np.square(estimate(a, t, v)).mean())
+        a = a + v / 5
+    w = qgf.relative_weight(0.1, nets, BATCH, "qgf", CFG)
+    assert w == pytest.approx(0.1 / np.sqrt(np.mean(squares)), rel=1e-4)
 
-# ---- closed forms: the reference is N(μ, σ²) with its exact velocity, and guided flows are linear ODEs ------
-def guided(monkeypatch, q, velocity, w, a_0, method="qgf", T=2000):
-    """Samples from these rows of noise, where the critic is q and the flow has this velocity."""
+
+# ---- closed forms: π_BC is a Gaussian with its exact velocity, and guided flows are linear ODEs
+def guided(monkeypatch, q, velocity, w, a_0, method, **changes):
+    """Where these rows of noise (B, D) go, if the critic is q."""
     monkeypatch.setattr(qgf, "velocity", velocity)
-    monkeypatch.setattr(qgf, "q_values", lambda critic, s, a: jnp.stack([q(a[:, 0]), q(a[:, 0]) + 1]))
-    nets, a_0 = dict(policy=None, critic=None), jnp.asarray(a_0)[:, None, None]
-    run = jax.jit(partial(qgf.sample_actions.__wrapped__, method=method, T=T))
-    return np.asarray(run(nets, jnp.zeros((len(a_0), 1)), a_0, w)[0])[:, 0]
+    monkeypatch.setattr(qgf, "q_values", lambda critic, s, g, a: jnp.stack([q(a), q(a) + 1]))
+    nets = dict(policy=None, critic=None)
+    s = jnp.zeros((len(a_0), 0))
+    run = jax.jit(qgf.sample_actions.__wrapped__, static_argnames=("method", "cfg"))
+    a, _ = run(nets, s, s, jnp.asarray(a_0)[:, None], w, method, replace(CFG, **changes))
+    return np.asarray(a)
 
-def exact(q, flow, a_t, t, v, T):
-    """The gradient with the Jacobian, times (1-t)/t (in the middle of a step, where it is finite)."""
-    middle = t + 0.5 / T
-    return (1 - middle) / middle * qgf.GUIDANCE["qgf-jacobian"](q, flow, a_t, t, v, T)
 
-def test_with_the_jacobian_and_the_score_schedule_guidance_is_exact_for_a_linear_critic(monkeypatch):
-    """The tilted Gaussian is N(μ + w σ² g, σ²); QGF shifts by w σ ∫ dt / sqrt((1-t)² + t²σ²)."""
-    mu, sigma, w, g, a_0 = 0.3, 0.7, 0.5, 1.0, np.array([-0.2, 0.0, 0.2])
-    monkeypatch.setitem(qgf.GUIDANCE, "exact", exact)
-    got = guided(monkeypatch, lambda a: g * a, gaussian_velocity(mu, sigma), w, a_0, "exact")
-    np.testing.assert_allclose(got, mu + w * sigma**2 * g + sigma * a_0, atol=2e-3)  # mean .545, deviation σ
-    got = guided(monkeypatch, lambda a: g * a, gaussian_velocity(mu, sigma), w, a_0)
-    integral = quad(lambda t: ((1 - t) ** 2 + (t * sigma) ** 2) ** -0.5, 0, 1)[0]
-    np.testing.assert_allclose(got, mu + w * sigma * g * integral + sigma * a_0, atol=2e-3)
+@pytest.mark.parametrize("w", [0.3, 1.0, 2.0])
+def test_qgf_is_exact_for_a_linear_critic(monkeypatch, w):
+    """N(0, I) tilted by w Q is N(w g, I): each a_0 moves by w g, and the variance stays."""
+    g = np.float32([0.3, -0.2])
+    a_0 = np.float32(np.random.default_rng(0).uniform(-0.35, 0.35, (20, 2)))
+    velocity = gaussian_velocity(0, 1)
+    a = guided(monkeypatch, lambda a: a @ g, velocity, w, a_0, "qgf", denoise_steps=2000)
+    np.testing.assert_allclose(a, a_0 + w * g, atol=2e-3)
+    np.testing.assert_allclose(a.var(axis=0), a_0.var(axis=0), rtol=5e-3)
+
 
 @pytest.mark.parametrize("method", qgf.GUIDANCE)
-def test_guided_samples_of_a_gaussian_land_where_each_methods_ode_says(monkeypatch, method):
-    mu, sigma, w, k, aim, a_0 = 0.1, 0.2, 0.3, 2.0, 0.4, np.linspace(-2, 2, 9)
+def test_without_fade_a_gaussian_goes_where_each_methods_ode_says(monkeypatch, method):
+    mu, sigma, w, k, aim = 0.1, 0.2, 0.3, 2.0, 0.4
+    a_0 = np.linspace(-2, 2, 9)
+
     def slope(t, a):
-        d = (1 - t) ** 2 + (t * sigma) ** 2
-        clean = mu + t * sigma**2 / d * (a - t * mu)  # the posterior mean E[a_1 | a_t], with J = t σ² / d
-        end = mu + sigma / math.sqrt(d) * (a - t * mu)  # the flow's own end
-        push = {"qgf": aim - clean, "qgf-jacobian": t * sigma**2 / d * (aim - clean), "qgf-chain": aim - end,
-                "bptt": sigma / math.sqrt(d) * (aim - end), "qfql": aim - a}
+        variance = (1 - t) ** 2 + (t * sigma) ** 2
+        clean = mu + t * sigma**2 / variance * (a - t * mu)  # E[a_1 | a_t]
+        end = mu + sigma / math.sqrt(variance) * (a - t * mu)
+        push = {
+            "qgf": aim - clean,
+            "qgf-jacobian": t * sigma**2 / variance * (aim - clean),
+            "bptt": sigma / math.sqrt(variance) * (aim - end),
+            "qfql": aim - a,
+        }
         return (clean - a) / (1 - t) + w * k * push[method]
-    want = [solve_ivp(slope, (0, 1 - 1e-9), [a], rtol=1e-8, atol=1e-10).y[0, -1] for a in a_0]
-    T = 300 if method in ("bptt", "qgf-chain") else 2000
-    critic, flow = lambda a: -k / 2 * (a - aim) ** 2, gaussian_velocity(mu, sigma)
-    got = guided(monkeypatch, critic, flow, w, a_0, method, T=T)
-    np.testing.assert_allclose(got, want, atol=4 / T + 1e-3)
-    assert abs(got - (mu + sigma * a_0)).max() > 0.01
 
-# ---- names, data, tables -----------------------------------------------------------------------------------
-def test_names_of_tasks_and_methods():
-    for name in ("cube-double-task3", "cube-double-play-singletask-task3-v0", "cube-double-singletask-task3-v0"):
-        assert qgf.find_task(name) == ("cube-double-task3", "cube-double-singletask-task3-v0", "cube-double-play-v0")
-    assert qgf.find_task("cube-double-goal") == ("cube-double-goal", "cube-double-v0", "cube-double-play-v0")
-    assert qgf.find_task("antmaze-large")[2] == "antmaze-large-navigate-v0"
-    assert qgf.parse_method("bc") == ("bc", 1) and qgf.parse_method("qgf-jacobian@16") == ("qgf-jacobian", 16)
+    want = solve_ivp(slope, (0, 1 - 1e-9), a_0, rtol=1e-8, atol=1e-10).y[:, -1]
+    assert abs(want - (mu + sigma * a_0)).max() > 0.01
 
-class FakeEnv:
-    """Enough of a Chunks for load_dataset."""
-    sparse = False
-    sizes, envs = (S, 0, A), [types.SimpleNamespace(spec=gymnasium.spec("cube-single-singletask-v0"), unwrapped=None)]
-def write(path, **changes):
-    raw = random_data()
-    raw |= dict(terminals=np.arange(60) == raw.pop("ends")) | changes
-    np.savez(path, **{k: v for k, v in raw.items() if v is not None})
-    return path
+    def q(a):
+        return -k / 2 * (a[:, 0] - aim) ** 2
 
-def test_a_sparse_return_counts_the_steps_until_the_task_is_solved(monkeypatch):
-    for sparse, want in ((False, -21), (True, -2)):  # two steps that fail, and one that solves the task
-        env = qgf.Chunks("cube-single-singletask-v0", 5, sparse)
-        env.reset(seed=0)
-        steps = iter([(np.zeros(28), -7.0, i == 2, False, dict(success=i == 2)) for i in range(3)])
-        monkeypatch.setattr(env.envs[0].unwrapped, "step", lambda action: next(steps))  # noqa: B023
-        assert env.step(np.zeros((1, 5, 5)))[1].tolist() == [[1, want, 3]]
+    T = 200 if method == "bptt" else 1000
+    flow, noise = gaussian_velocity(mu, sigma), np.float32(a_0)[:, None]
+    got = guided(monkeypatch, q, flow, w, noise, method, denoise_steps=T, fade=False)
+    np.testing.assert_allclose(got[:, 0], want, atol=4 / T)
 
-@pytest.mark.parametrize("changes, words", [
-    (dict(actions=np.zeros((60, 3))), "`actions` has shape (60, 3)"),
-    (dict(observations=np.zeros((60, 9))), "`observations` has shape (60, 9)"),
-    (dict(terminals=np.zeros(5)), "`terminals` has shape (5,)"), (dict(rewards=None), "no dataset of cube-single"),
-    (dict(rewards=np.full(60, np.nan)), "`rewards` has shape (60,) and 60 NaN or Inf"),
-    (dict(observations=np.full((60, S), np.inf)), "240 NaN or Inf"),
-    (dict(actions=np.full((60, A), 3.0)), "actions reach 3"),
-])
-def test_a_foreign_dataset_is_refused(tmp_path, changes, words):
-    with pytest.raises(qgf.UserError) as e:
-        qgf.load_dataset(write(tmp_path / "d.npz", **changes), FakeEnv, CFG.horizon)
-    assert words in str(e.value) and "\n" not in str(e.value)
 
-def test_missing_truncated_and_unreadable_datasets_are_refused(tmp_path, monkeypatch):
-    whole = write(tmp_path / "whole.npz").read_bytes()
-    (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "text.npz").write_text("<html>not found</html>")
-    np.savez(tmp_path / "pickle.npz", actions=np.array([dict(a=1)], object))
-    for name in ("none", "cut", "text", "pickle"):
-        with pytest.raises(qgf.UserError, match="missing, cut off, or no dataset"):
-            qgf.load_dataset(tmp_path / f"{name}.npz", FakeEnv, 3)
-    with pytest.raises(qgf.UserError, match="--horizon"):
-        qgf.load_dataset(tmp_path / "whole.npz", FakeEnv, 40)
-    assert (qgf.load_dataset(write(tmp_path / "d.npz", masks=None), FakeEnv, 3)["masks"] == 1).all()
-    monkeypatch.setattr(FakeEnv, "sparse", True)
-    path = write(tmp_path / "d.npz", rewards=None, masks=random_data()["masks"] > 0)  # they say it all, as bools too
-    assert (qgf.load_dataset(path, FakeEnv, 3)["rewards"] == -random_data()["masks"]).all()
+SIZES = (4, 0, 2)
+TINY = qgf.Config(policy_width=8, critic_width=8, depth=1, batch_size=8, horizon=3)
+ENV = SimpleNamespace(sizes=SIZES, low=np.full(2, -1.0), high=np.ones(2), unwrapped=None)
+TASK, GOAL, OWN = map(qgf.find_task, ("cube-single-task1", "cube-single", "Pendulum-v1"))
+COLLECTED = ".ogbench/data/cube-single-play-v0-collected-2000.npz"
 
-def test_download_takes_the_second_host_and_leaves_nothing_half_written(tmp_path, monkeypatch, capsys):
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(404 if "/first/" in self.path and "cut" not in self.path else 200)
-            self.send_header("Content-Length", "1000")
-            self.end_headers()
-            self.wfile.write(b"x" * (500 if "cut" in self.path else 1000))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(ogbench.utils, "DATASET_URL", f"{url}/first")
-    monkeypatch.setattr(qgf, "MIRROR", f"{url}/second")
-    assert qgf.download("set", tmp_path / "set.npz") and (tmp_path / "set.npz").read_bytes() == b"x" * 1000
-    assert not qgf.download("cut", tmp_path / "cut.npz")  # both break off
-    server.shutdown()
-    server.server_close()
-    assert not qgf.download("gone", tmp_path / "gone.npz")  # nobody answers
-    assert [p.name for p in tmp_path.iterdir()] == ["set.npz"]
-    assert capsys.readouterr().out.count("cannot download http") == 5  # each failure was told
 
-def test_data_at_hand_come_before_a_download_and_collected_ones_come_first_where_asked_for(tmp_path, monkeypatch):
-    official, collected = (tmp_path / f"cube-single-play-v0{x}.npz" for x in ("", "-collected-200000"))
-    fetched, find = [], lambda **options: qgf.find_dataset(qgf.Config(**options), "cube-single-play-v0")
-    monkeypatch.setattr(qgf, "DATA_DIR", tmp_path)
-    monkeypatch.setattr(qgf, "download", lambda dataset, path: not fetched.append(path))
-    assert find() == [official] == fetched
-    collected.touch()
-    assert find() == find(collect=200_000) == [collected]
-    official.touch()
-    assert find() == [official] == fetched and find(collect=200_000) == [collected]
+# ---- data
+def raw_data(**changes):
+    """A file's arrays: trajectories of 7, 2 and 20 rows; the last one ends with a success."""
+    rng = np.random.default_rng(0)
+    raw = dict(observations=rng.normal(size=(29, 4)), actions=rng.uniform(-1, 1, (29, 2)))
+    raw |= dict(rewards=rng.normal(size=29), masks=np.ones(29), terminals=np.zeros(29))
+    raw["terminals"][[6, 8, 28]] = 1
+    raw["masks"][[3, 28]] = 0
+    return {name: x for name, x in (raw | changes).items() if x is not None}
 
-def row(w, *runs):
-    """Results of runs that won so many of their episodes, the first ones: (runs, episodes, 4)."""
-    return np.array([[(w, i < wins, -10.0, 100) for i in range(n)] for wins, n in runs], float)
 
-def test_table_has_wilsons_interval_the_paired_gain_and_an_answer():
-    rows = {("bc", 0.0, 0.0): row(0, (10, 50)), ("qgf", 0.1, 0.0): row(0.03, (40, 50))}
-    lines, z, p, n = qgf.table(rows), 1.959964, 0.8, 50
-    centre, half = p + z * z / 2 / n, z * math.sqrt(p * (1 - p) / n + z * z / 4 / n / n)
-    low, high = (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
-    assert f"0.80 [{low:.2f}, " in lines[2] and lines[2].split()[:4] == ["qgf", "0.1", "0.03", "50"]
-    bootstrap = qgf.interval(rows["qgf", 0.1, 0.0][..., 1])  # reaches further at one end
-    assert f"{max(high, bootstrap[1]):.2f}]" in lines[2]
-    ends = qgf.interval(1.0 * (np.arange(50)[None] < 40) - (np.arange(50)[None] < 10))
-    spread = z * math.sqrt(0.6 * 0.4 / 50)  # of 30 ones and 20 zeros
-    np.testing.assert_allclose(ends, (0.6 - spread, 0.6 + spread), atol=0.03)
-    assert "+0.60 [+0." in lines[2] and lines[-1].startswith("Guidance helped: qgf gains +0.60")
-    assert max(map(len, lines)) <= 90
-    for a, b, words in [(40, 3, "harmed"), (20, 21, "made no significant difference")]:
-        rows = {("bc", 0.0, 0.0): row(0, (a, 50)), ("qgf", 0.1, 0.0): row(0.03, (b, 50))}
-        assert qgf.table(rows)[-1].startswith(f"Guidance {words}: qgf")
-    few = {("bc", 0.0, 0.0): row(0, (0, 2)), ("qgf", 0.1, 0.0): row(0.03, (2, 2))}
-    assert "Guidance" not in qgf.table(few)[-1]  # two episodes show nothing
-    rows = {("bc", 0.0, 0.0): row(0, (5, 50)), ("bc@4", 0.0, 0.0): row(0, (20, 40)), ("qgf@4", 0.1, 0.0): row(1, (30, 50))}
-    lines = qgf.table(rows)  # best of 4 gains over best of 4, on the 40 episodes that both have
-    assert "+0.25 [" in lines[3] and lines[3].endswith("*")
-    assert not lines[2].endswith("*") and lines[-1].startswith("Guidance helped: qgf@4 gains +0.25")
+def write(folder, **changes):
+    np.savez(folder / "d.npz", **raw_data(**changes))
+    return folder / "d.npz"
 
-def test_the_interval_over_several_runs_is_that_of_runs_and_episodes():
-    x = row(0, (60, 200), (90, 200), (120, 200), (140, 200))[..., 1]
-    p = np.array([0.3, 0.45, 0.6, 0.7])  # the variance of a mean of four, in two stages
-    half = 1.96 * math.sqrt(p.var() / 3 + (p * (1 - p)).mean() / 600)
-    np.testing.assert_allclose(qgf.interval(x), (p.mean() - half, p.mean() + half), atol=0.02)
 
-# ---- episodes ----------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("env_id", ["cube-double-v0", "scene-v0"])
-def test_goals_in_data_are_those_that_the_environment_gives(env_id, tmp_path):
-    env = qgf.Chunks(env_id, 5)
-    inner, seen = env.envs[0].unwrapped, {}
-    oracle = inner.compute_oracle_observation
-    def spy():  # called inside reset, when the environment is in its goal state
-        buttons = np.copy(getattr(inner, "_cur_button_states", 0))  # the scene has some
-        seen.update(qpos=inner._data.qpos.copy(), ob=inner.compute_observation(), button_states=buttons)
-        return oracle()
-    inner.compute_oracle_observation = spy
-    env.reset(seed=2)
-    goal, hidden = env.goals[0], inner._data.qacc_warmstart.copy()  # OGBench's reset leaves this to chance
-    two = {k: np.float32([v, v]) for k, v in seen.items() if k != "ob"}
-    np.savez(tmp_path / "two.npz", observations=[seen["ob"]] * 2, actions=np.zeros((2, 5)), terminals=[0, 1], **two)
-    np.testing.assert_allclose(qgf.load_dataset(tmp_path / "two.npz", env, 1)["goals"], [goal] * 2, atol=1e-5)
-    env.reset(seed=2)
-    np.testing.assert_array_equal(inner._data.qacc_warmstart, hidden)  # so an episode is the same to the bit
+def save_rows(path, names, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(path, **dict(zip(names.split(), zip(*rows, strict=True), strict=True)))
 
-def test_rollout_plays_every_episode_once_and_as_if_it_were_alone(monkeypatch):
-    """Two processes (here in one) of two environments each; actions are noise and state, rewards tell them apart."""
-    monkeypatch.setattr(qgf, "sample_actions", lambda nets, s, a, w, m, T: (jnp.add(nets[m] * w * T * a[:, -1], s[:, -1:]), 0))
-    pair, one = [qgf.Chunks("cube-single-v0", 5, M=2) for _ in range(2)], qgf.Chunks("cube-single-v0", 5)
-    monkeypatch.setattr(type(one.envs[0].unwrapped), "compute_reward", lambda self: self._data.qpos.sum())
-    both = lambda results: jax.tree.map(lambda *x: np.stack(x), *results)
-    envs = types.SimpleNamespace(action_space=gymnasium.spaces.Box(-1, 1, (2, 2, 5, 5)),
-        reset=lambda seed, options: both([c.reset(seed=s, options=options) for c, s in zip(pair, seed)]),
-        step=lambda a: type(a) is np.ndarray and both([c.step(x) for c, x in zip(pair, a)]))  # JAX's would claim a GPU
-    x, goals = qgf.rollout(envs, dict(qgf=2.0), 0.05, "qgf@2", replace(CFG, episodes=5)), []
-    for i in range(5):
-        obs, info = one.reset(seed=qgf.FIRST_EPISODE + i)
-        rng, total = np.random.default_rng(qgf.FIRST_EPISODE + i), np.zeros(3)
-        goals.append((one.envs[0].unwrapped.cur_task_id, obs[0, 28:].tobytes()))  # a goal is at the end
-        while info["seed"][0] == qgf.FIRST_EPISODE + i:
-            chunk = 0.5 * np.float32(rng.standard_normal((2, 25)))[-1] + obs[0, -1]
-            obs, new, _, _, info = one.step(chunk.reshape(1, 5, 5))
-            total += new[0]
-        np.testing.assert_array_equal(x[i], total)
-    assert one.sizes == (28, 3, 5) and (x[:, 2] == 200).all() and len(set(x[:, 1])) == 5
-    assert [g[0] for g in goals] == [1, 2, 3, 4, 5] and len(set(goals)) == 5  # as OGBench has
-
-def test_evaluate_acts_by_the_averages_of_each_seed_with_its_own_weight(monkeypatch, tmp_path):
-    cfg, seen = replace(CFG, seeds=2, methods=("qgf@2",)), []
-    states, probe = qgf.init_states((S, 0, A), cfg), np.float32(np.random.default_rng(0).normal(size=(9, S)))
-    monkeypatch.setattr(qgf, "AsyncVectorEnv", lambda *_, **__: types.SimpleNamespace(close=lambda terminate: None))
-    def rollout(envs, *x):
-        seen.append(x)
-        if x[2] == "bptt":  # meanwhile, another process saves a row
-            with open(tmp_path / "e.csv", "a") as file:
-                file.write("cube-single,0,0,0,other,0,0.5,1,1,1\n")
-        return np.zeros((x[-1].episodes, 3))
-    monkeypatch.setattr(qgf, "rollout", rollout)
-    qgf.evaluate(states._replace(params=None), probe, "cube-single-v0", tmp_path / "e.csv", cfg)
-    nets = [jax.tree.map(lambda x: x[k], states.target) for k in range(2)]  # noqa: B023
-    a_0 = jax.random.normal(KEY, (9, 1, CFG.horizon * A))
-    weights = [0, 0, *(qgf.relative_weight(0.1, net, probe, a_0, "qgf", CFG.denoise_steps) for net in nets)]
-    for (net, w, method, _), k, want in zip(seen, (0, 1, 0, 1), weights, strict=True):
-        assert_same(net, nets[k])
-        assert w == want and method == ("qgf@2" if w else "bc")
-    for episodes, played in (40, {"bptt"}), (60, {"bptt", "bc"}), (50, set()):  # bc only where it is too short
-        seen.clear()
-        cfg = replace(cfg, methods=("bptt",) if played else (), episodes=episodes)
-        results = qgf.evaluate(states, probe, "cube-single-v0", tmp_path / "e.csv", cfg)
-        assert {method for _, _, method, _ in seen} == played
-    assert (0, "other", 0.0, 0.5) in results
-
-# ---- runs: the command line, on collected data, in the real simulator ----------------------------------------
-SMALL = "--collect 2000 --width 16 --depth 2 --batch-size 32 --episodes 2".split()
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory):
-    """A home folder with two collected episodes of cube-single."""
-    home, mp = tmp_path_factory.mktemp("home"), pytest.MonkeyPatch()
-    mp.setattr(qgf, "DATA_DIR", home / ".ogbench/data")
-    qgf.find_dataset(qgf.Config(collect=2000), "cube-single-play-v0")
-    yield home
-    mp.undo()
+    """A home folder with two episodes of cube-single, of smooth random actions."""
+    home = tmp_path_factory.mktemp("home")
+    env = gymnasium.make("cube-single-v0")
+    rng = np.random.default_rng(0)
+    rows = []
+    for _ in range(2):
+        state, _ = env.reset(seed=0, options=dict(task_id=1))
+        action = np.zeros(5)
+        for i in range(200):
+            action = np.clip(0.9 * action + 0.3 * rng.normal(size=5), -1, 1)
+            rows.append((state, action, i == 199, env.unwrapped._data.qpos.copy()))
+            state = env.step(action)[0]
+    save_rows(home / COLLECTED, "observations actions terminals qpos", rows)
+    return home
 
-def start(home, *args):
-    """The command line in a process of its own."""
-    command = [sys.executable, qgf.__file__, *SMALL, *map(str, args)]
-    env = os.environ | dict(HOME=str(home))
-    return subprocess.Popen(command, env=env, cwd=home, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-def finish(home, *args):
-    p = start(home, *args)
-    out, err = p.communicate(timeout=200)
-    assert p.returncode == 0, err
-    return out
-def checkpoint(folder):
-    return dict(np.load(folder / "cube-single-s0/checkpoint.npz"))
-def episodes(folder):
-    return list(csv.DictReader((folder / "episodes.csv").read_text().splitlines()))
 
-def test_collected_data_has_the_form_of_ogbenchs(home):
-    data = dict(np.load(home / ".ogbench/data/cube-single-play-v0-collected-2000.npz"))
-    assert {k: (v.shape, v.dtype.name) for k, v in data.items()} == dict(
-        observations=((2002, 28), "float32"), actions=((2002, 5), "float32"), terminals=((2002,), "bool"),
-        qpos=((2002, 21), "float32"))
-    assert np.flatnonzero(data["terminals"]).tolist() == [1000, 2001]
-    assert abs(data["actions"]).max() <= 1 and 0.05 < data["actions"].std() < 0.6
-    cube = data["qpos"][:, 14:17]
-    assert cube[:, 2].max() > 0.08 and np.ptp(cube[:1001, 1]) > 0.1  # the cube is lifted, and carried about
-    np.testing.assert_allclose((cube - [0.425, 0, 0]) * 10, data["observations"][:, 19:22], atol=1e-4)  # same row
+def test_names_of_tasks():
+    for name, run, env_id, kind in (
+        ("cube-double", "cube-double", "cube-double-v0", "play"),
+        ("cube-double-noisy", "cube-double-noisy", "cube-double-v0", "noisy"),
+        ("antmaze-large", "antmaze-large", "antmaze-large-v0", "navigate"),
+    ):
+        dataset = f"{name.removesuffix('-noisy')}-{kind}-v0"
+        assert qgf.find_task(name) == (run, env_id, dataset, True)
+    one = "cube-double-task3", "cube-double-singletask-task3-v0", "cube-double-play-v0", False
+    assert qgf.find_task(one[0]) == qgf.find_task("cube-double-play-singletask-task3-v0") == one
+    assert OWN == ("Pendulum-v1", "Pendulum-v1", "", False)
 
-@pytest.fixture(scope="session")
-def whole(home):
-    """A finished run. Beside it is `stopped`, which went as far through a Ctrl-C and a kill -9."""
-    def until_training(p):
-        text = ""
-        while "training:" not in text and p.poll() is None:  # its progress bar, on however busy a machine
-            text += p.stderr.read(1)
-        return p
-    stopped = until_training(start(home, "--updates", 10**6, "--out", "stopped"))
-    time.sleep(5)
-    stopped.send_signal(signal.SIGINT)
-    _, err = stopped.communicate(timeout=120)
-    assert stopped.returncode == 1 and "stopped at update" in err and "Traceback" not in err
-    first = int(checkpoint(home / "stopped")["metrics"][-1, 0])
-    assert 100 <= first < 10**6
-    again = until_training(start(home, "--updates", 10**6, "--out", "stopped"))
-    again.kill()  # kill -9, as a power cut would: the checkpoint is whole and the last one
-    again.wait()
-    assert checkpoint(home / "stopped")["metrics"][-1, 0] == first
-    for name in ("stopped", "whole"):
-        out = finish(home, "--updates", first + 200, "--out", name)
-    assert "solved in" in out and f"cube-single after {first + 200} updates" in out and "saved in whole" in out
-    return home / "whole"
 
-def test_a_run_stopped_or_killed_goes_on_bitwise(home, whole):
-    a, b = checkpoint(whole), checkpoint(home / "stopped")
-    assert a.keys() == b.keys() and all((a[k] == b[k]).all() for k in a if k != "record")
-    for name in ("metrics.csv", "episodes.csv"):
-        assert (whole / "cube-single-s0" / name).read_text() == (home / "stopped/cube-single-s0" / name).read_text()
+def test_other_names_are_refused():
+    names = "cube-duble", "visual-cube-single-play-v0", "halfcheetah-medium-v2", "cube-single-task9"
+    for name in names:
+        with pytest.raises(qgf.UserError, match=name) as e:
+            qgf.find_task(name)
+        assert name != "cube-duble" or "cube-double-v0" in str(e.value)
 
-def test_a_second_evaluation_adds_or_replaces_rows_and_needs_no_data(home, whole):
-    folder, updates, w = whole / "cube-single-s0", int(checkpoint(whole)["metrics"][-1, 0]), "0.5123456789012"
-    before = episodes(folder)
-    assert [(r["method"], r["guidance"]) for r in before] == [("bc", "0.0")] * 2 + [("qgf", "0.1")] * 2
-    data = home / ".ogbench/data/cube-single-play-v0-collected-2000.npz"
-    data.rename(data.with_suffix(".away"))
-    out = finish(home, "--out", "whole", "--methods", "qgf@2,bc@2", "qfql", "--weights", w, "--episodes", "3")
-    data.with_suffix(".away").rename(data)
-    after = episodes(folder)
-    names = [(r["method"], r["guidance"], r["weight"]) for r in after]
-    assert [r for r in after if r["method"] == "qgf"] == [r for r in before if r["method"] == "qgf"]
-    assert names.count(("qfql", "0.0", w)) == 3 and names.count(("bc", "0.0", "0.0")) == 3
-    assert {r["updates"] for r in after} == {str(updates)} and len(after) == 2 + 3 + 3 * 3
-    assert all(name in out for name in ("qgf ", "qgf@2", "bc@2", "qfql"))  # the table has them all
-    starts = {r["episode"]: (r["return"], r["length"]) for r in before if r["method"] == "bc"}
-    assert all((r["return"], r["length"]) == starts[r["episode"]] for r in after
-               if r["method"] == "bc" and r["episode"] in starts)
-    w = [float(r["weight"]) for r in before if r["method"] == "qgf"]
-    assert w[0] == w[1] > 0  # λ over the rms, the same in all episodes of a seed
 
-def test_a_real_run_of_two_seeds_with_edp_goals_and_slices(home):
-    data = dict(np.load(home / ".ogbench/data/cube-single-play-v0-collected-2000.npz"))
-    (home / "slices").mkdir()
-    for i in range(3):
-        np.savez(home / f"slices/{i}.npz", **{k: v[600 * i :][:500] for k, v in data.items()})
-    (home / "slices/x-val.npz").touch()  # for validation, in OGBench's naming, and not trained on
-    args = "--env cube-single-goal --data slices --seeds 2 --edp 10 --long-horizon 25 --methods edp gradstep".split()
-    out = finish(home, *args, "--collect", 0, "--updates", 2150)
-    assert "first of 3: 500 rows" in out and "any goal" in out
-    folder = home / "runs/cube-single-goal-s0"
-    rows = [(r["seed"], r["method"]) for r in episodes(folder)]
-    assert rows == [(s, m) for m in ("bc", "edp", "gradstep") for s in "01" for _ in range(2)]
-    assert len({r["weight"] for r in episodes(folder) if r["method"] == "gradstep"}) == 2  # each seed has its own
-    metrics = np.genfromtxt(folder / "metrics.csv", delimiter=",", names=True)
-    assert metrics["step"][-2:].tolist() == [2150, 2150] and metrics["seed"][-2:].tolist() == [0, 1]
-    assert np.isfinite(metrics["q"]).all() and metrics["flow_loss"][-1] < metrics["flow_loss"][0]
-def test_a_run_with_the_flow_of_another_trains_the_critic_alone(home, whole):
-    args = ["--env", "cube-single-goal", "--out", "lent", "--updates", 120]  # blind to goals, a flow serves them all
-    finish(home, *args, "--policy", whole / "cube-single-s0", "--long-horizon", 25)
-    folders = whole / "cube-single-s0", home / "lent/cube-single-goal-s0"
-    theirs, ours = (qgf.load(folder / "checkpoint.npz")[0] for folder in folders)
-    assert_same(theirs.target["policy"], ours.target["policy"])  # to the bit, after 120 averages
-    assert ours.params.keys() == {"critic", "long_critic", "value"}
-    inputs = [x.params["critic"][0]["w"].shape[2] for x in (theirs, ours)]
-    assert inputs[1] == inputs[0] + 3  # it sees the goal
+def test_chunks_stay_in_a_trajectory_and_need_no_state_after_a_success(tmp_path):
+    data = qgf.load_data(write(tmp_path), TASK, ENV, TINY)
+    assert data.ends.tolist() == [6] * 7 + [8] * 2 + [28] * 20
+    assert data.starts.tolist() == [0, 1, 2, 3, *range(9, 27)]  # 26: the chunk ends with the task
+    data = qgf.load_data(write(tmp_path, masks=None), TASK, ENV, replace(TINY, sparse=True))
+    assert data.starts[-1] == 25 and data.masks.all()
+    np.testing.assert_array_equal(data.rewards, np.float32(raw_data()["rewards"]))  # your own
 
-def main(whole, *args):
-    return qgf.main(["--out", str(whole), *SMALL, *map(str, args)])
 
-@pytest.mark.parametrize("args, words", [
-    (["--env", "cube-duble"], "these are .*: cube-double"), (["--env", "cube-single-task9"], "these are"),
-    (["--env", "visual-cube-single-play-v0"], "no state-based OGBench task"),
-    (["--lr", "-1"], "--lr -1: give a number above 0"), (["--updates", "1.5"], "--updates 1.5: give a whole number"),
-    (["--discount", "1.5"], "--discount 1.5: give a number above 0, at most 1"),
-    (["--epochs", "5"], "unknown option --epochs: did you mean --updates?"), (["--xyz", "5"], "unknown option --xyz "),
-    (["--env"], "expected one argument"), (["--updates", "50"], "updates already"),
-    (["--data", "nowhere.npz", "--out", "other"], "nowhere.npz does not exist"),
-    (["--data", "nowhere.npz"], "holds a run with --data '':"), (["--data", ".", "--out", "other"], "--collect is given"),
-    (["--sparse", "2"], "--sparse 2: give a whole number from 0, at most 1"),
-    (["--env", "scene", "--policy", "whole/cube-single-s0", "--out", "other"], "update .* in cube-single; give .* of scene"),
-    (["--env", "cube-single-task3", "--policy", "unfinished", "--out", "other"], "update .* finished run"),
-    (["--env", "cube-single-goal", "--policy", "whole/cube-single-s0", "--out", "other", "--horizon", "1"], "with --horizon 5"),
-    (["--env", "cube-single-task3", "--policy", "gone", "--out", "other"], "gone/checkpoint.npz is no whole"),
-    (["--seeds", "2"], "holds a run with --seeds 1"), (["--width", "32"], "holds a run with --width 16"),
-    (["--long-horizon", "3", "--out", "other"], "--long-horizon 3 is shorter than --horizon 5"),
-    (["--methods", "qgf", "best"], "unknown method 'best'"), (["--methods", "qgf@0"], "unknown method 'qgf@0'"),
-    (["--methods", "edp@4"], "train one with --edp"), (["--methods", "qgf@"], "unknown method 'qgf@'"),
-    (["--long-horizon", "2000", "--out", "other"], "no trajectory has 2000 actions"),
-    (["--env", "antmaze-large", "--collect", "1000"], "no scripted policy makes antmaze-large-navigate-v0"),
-])
-def test_a_users_mistake_gets_one_clear_line(home, whole, monkeypatch, args, words):
-    monkeypatch.chdir(home)
-    before = checkpoint(whole)
-    (home / "unfinished").mkdir(exist_ok=True)
-    more = dict(record=str(before["record"]).replace('"updates": ', '"updates": 1'))
-    np.savez(home / "unfinished/checkpoint.npz", **before | more)
-    with pytest.raises(qgf.UserError, match=words) as e:
-        main(whole, *args)
-    assert len(str(e.value)) < 600 and "\n" not in str(e.value) and not (home / "other").exists()
-    assert all((v == before[k]).all() for k, v in checkpoint(whole).items())
+def test_d4rls_terminals_are_successes_and_its_timeouts_ends(tmp_path):
+    timeouts, terminals = np.zeros((2, 29), bool)
+    timeouts[6] = terminals[8] = True
+    path = write(tmp_path, terminals=terminals, timeouts=timeouts, masks=None)
+    data = qgf.load_data(path, TASK, ENV, replace(TINY, horizon=2))
+    assert np.unique(data.ends).tolist() == [6, 8, 28]
+    assert np.flatnonzero(data.masks == 0).tolist() == [8]
+    assert data.starts.tolist() == [0, 1, 2, 3, 4, 7, *range(9, 27)]
 
-def test_words_are_read_kindly_and_a_family_has_its_defaults():
-    given = qgf.parse("--updates 1e5 --guidance 0.03,0.1 0.3 --methods qgf,bptt --seed 0 --sparse".split())
-    assert given == dict(updates=100_000, guidance=(0.03, 0.1, 0.3), methods=("qgf", "bptt"), seed=0, sparse=1)
-    for name, family in {"cube-double-goal": "cube-double", "scene-task2": "scene", "puzzle-3x3-goal": "puzzle-3x3-goal"}.items():
-        assert qgf.settings({}, name, "", {}, 0) == qgf.Config(env=name, **qgf.FAMILY[family])
-    assert pytest.raises(SystemExit, qgf.parse, ["--help"]).value.code == 0
 
-def test_other_data_a_damaged_and_an_older_checkpoint_are_refused_and_kept(home, whole, monkeypatch, tmp_path):
-    name = "cube-single-play-v0-collected-2000.npz"
-    with np.load(home / ".ogbench/data" / name) as file:
-        np.savez(tmp_path / name, **{k: v[:1001] for k, v in file.items()})
+def test_actions_of_your_own_environment_are_rescaled(tmp_path):
+    env = SimpleNamespace(sizes=SIZES, low=np.float32([-2, 0]), high=np.float32([2, 4]))
+    actions = np.resize(np.float32([[-2, 0], [2, 4], [1, 2]]), (29, 2))
+    data = qgf.load_data(write(tmp_path, actions=actions), OWN, env, TINY)
+    np.testing.assert_allclose(data.actions[:3], [[-1, -1], [1, 1], [0.5, 0]])
+
+
+@pytest.mark.parametrize(
+    "words, changes",
+    [
+        ("masks", dict(masks=np.full(29, 0.5))),
+        (r"observations .*\(30, 4\).*\(29, 4\)", dict(observations=np.zeros((30, 4)))),
+        ("observations has", dict(observations=np.full((29, 4), np.nan))),
+        (r"actions .*\(29, 3\).*\(29, 2\)", dict(actions=np.zeros((29, 3)))),
+        ("actions .*range", dict(actions=np.full((29, 2), 1.1))),
+        ("terminals", dict(terminals=np.zeros(5))),
+        ("KeyError", dict(terminals=None)),
+        ("--horizon", dict(terminals=np.ones(29))),
+    ],
+)
+def test_data_that_do_not_fit_are_refused(tmp_path, words, changes):
+    with pytest.raises(qgf.UserError, match=rf"d\.npz.*{words}"):
+        qgf.load_data(write(tmp_path, **changes), TASK, ENV, TINY)
+
+
+def test_files_that_are_not_whole_are_refused(tmp_path):
+    path = write(tmp_path)
+    for content in (path.read_bytes()[:2000], b"<html>not found</html>", b""):
+        path.write_bytes(content)
+        with pytest.raises(qgf.UserError, match=r"d\.npz is cut off"):
+            qgf.load_data(path, TASK, ENV, TINY)
+
+
+def test_rewards_of_a_task_are_those_of_ogbench(home, monkeypatch):
+    env = qgf.Chunks(qgf.find_task("cube-single-task2"), 5)
+    env.reset(seed=1)
+    raw = qgf.read_npz(home / COLLECTED)
+    raw["qpos"][10:20, 14:17] = env.unwrapped._data.mocap_pos  # where the cube shall go
+    data = qgf.read_transitions(raw, env.task, env, replace(TINY, horizon=5))
+    assert np.flatnonzero(data.rewards == 0).tolist() == list(range(10, 20))
+    np.testing.assert_array_equal(data.masks, -data.rewards)
+
+    def relabel(env_id, env, raw):
+        raw |= dict(rewards=raw["masks"] - 3)
+
+    monkeypatch.setattr(ogbench.relabel_utils, "relabel_dataset", relabel)
+    for sparse, want in (False, raw_data()["masks"] - 3), (True, -raw_data()["masks"]):
+        cfg = replace(TINY, sparse=sparse)
+        data = qgf.read_transitions(raw_data(rewards=None), TASK, ENV, cfg)
+        np.testing.assert_array_equal(data.rewards, want)
+
+
+@pytest.mark.parametrize("name", ["cube-double", "scene"])
+def test_goals_in_data_are_those_that_the_environment_gives(name):
+    env = qgf.Chunks(qgf.find_task(name), 1)
+    inner, oracle, raw = env.unwrapped, env.unwrapped.compute_oracle_observation, {}
+
+    def spy():  # called inside reset, when the environment is in its goal state
+        row = dict(qpos=inner._data.qpos.copy(), observations=inner.compute_observation())
+        row |= dict(button_states=np.copy(getattr(inner, "_cur_button_states", 0)))
+        row |= dict(actions=np.zeros(5), terminals=0)
+        raw.update({k: np.array([x] * 3) for k, x in row.items()})
+        return oracle()
+
+    inner.compute_oracle_observation = spy
+    env.reset(seed=2)
+    data = qgf.read_transitions(raw, env.task, env, replace(TINY, horizon=1))
+    np.testing.assert_allclose(data.goals, [env.goal] * 3, atol=1e-5)
+
+
+def test_where_data_come_from(tmp_path, monkeypatch, capsys):
+    official = tmp_path / "cube-single-play-v0.npz"
+    collected = tmp_path / "cube-single-play-v0-collected-7.npz"
+    calls, online, status = [], True, 0
+
+    def download(names, folder):
+        calls.append(names)
+        if not online:
+            raise OSError("no route to host")
+        official.touch()
+
+    def run(command, check):
+        calls.append([str(x) for x in command[1:]])
+        return SimpleNamespace(returncode=status)
+
+    def find():
+        calls.clear()
+        return qgf.find_files(TASK, replace(TINY, collect=7))
+
     monkeypatch.setattr(qgf, "DATA_DIR", tmp_path)
-    with pytest.raises(qgf.UserError, match="was trained on other data"):
-        main(whole, "--updates", 10**6)
-    path = tmp_path / "cube-single-s0/checkpoint.npz"
-    path.parent.mkdir()
-    path.write_bytes((whole / "cube-single-s0/checkpoint.npz").read_bytes()[:3000])
-    with pytest.raises(qgf.UserError, match="is no whole checkpoint"):
-        main(tmp_path)
-    assert path.stat().st_size == 3000
-    path.rename(tmp_path / "away")
-    (path.parent / "episodes.csv").touch()  # of a network that is gone: another's rows must not join them
-    with pytest.raises(qgf.UserError, match="move its folder"):
-        main(tmp_path)
-    arrays = checkpoint(whole)
-    for change in dict(record=str(arrays["record"]).replace('"lr"', '"choose"')), dict(metrics=arrays["metrics"][:, 1:]):
-        np.savez(path, **arrays | change)
-        with pytest.raises(qgf.UserError, match="choose|reshape"):
-            main(tmp_path)
+    monkeypatch.setattr(ogbench, "download_datasets", download)
+    monkeypatch.setattr(subprocess, "run", run)
+    names = ["cube-single-play-v0"]
+    assert find() == [official] and calls == [names]
+    collected.touch()
+    assert find() == [official] and not calls
+    official.unlink()
+    assert find() == [collected] and not calls
+    collected.unlink()
+    online = False
+    assert find() == [collected]
+    assert calls == [names, [str(qgf.COLLECT), *names, "7", str(collected)]]
+    assert "no route to host" in capsys.readouterr().out
+    status = 1
+    with pytest.raises(qgf.UserError, match="--data"):
+        find()
 
-def test_a_resumed_run_goes_on_with_its_slice_and_saves_each_minute(monkeypatch, tmp_path):
-    seen, clock = [], iter(range(0, 10**6, 4))  # each look at the clock takes 4 s
-    def train(states, data, n, cfg):
-        seen.append(data * (n // 50))
-        return states, {k: np.zeros((1, n)) for k in qgf.LOSSES}
+
+def test_your_own_files(tmp_path):
+    def find(path, task=TASK):
+        return [x.name for x in qgf.find_files(task, replace(TINY, data=str(path)))]
+
+    for name in ("b.npz", "a.npz", ".a.npz", "a-val.npz", "a.txt"):
+        (tmp_path / name).touch()
+    assert find(tmp_path) == ["a.npz", "b.npz"] and find(tmp_path / "b.npz") == ["b.npz"]
+    with pytest.raises(qgf.UserError, match=r"c\.npz"):
+        find(tmp_path / "c.npz")
+    with pytest.raises(qgf.UserError, match="--data"):
+        find("", OWN)
+
+
+# ---- episodes
+class Envs(list):
+    """Chunks side by side, as AsyncVectorEnv(autoreset_mode="Disabled") has them."""
+
+    @property
+    def num_envs(self):
+        return len(self)
+
+    def reset(self, seed, options=None):
+        mask = options["reset_mask"] if options else [True] * len(self)
+        for env, s, wanted in zip(self, seed, mask, strict=True):
+            if wanted:
+                env.reset(seed=s)
+        return np.stack([env.obs for env in self]), {}
+
+    def step(self, actions):
+        assert type(actions) is np.ndarray  # JAX's would claim a GPU in each process
+        obs, _, over, _, info = zip(*map(qgf.Chunks.step, self, actions), strict=True)
+        return np.stack(obs), None, np.array(over), None, dict(episode=[x["episode"] for x in info])
+
+
+def test_every_episode_is_played_once_and_as_if_it_were_alone(monkeypatch):
+    """Actions are of noise and state; the return tells episodes apart."""
+
+    def act(nets, s, g, a_0, w, method, cfg):
+        return jnp.array(nets[method] * w * a_0[:, -1] + s[:, -1:] - g[:, :1]), 0.0
+
+    monkeypatch.setattr(qgf, "sample_actions", act)
+    *three, one = [qgf.Chunks(GOAL, 5, max_episode_steps=22) for _ in range(4)]  # 4 chunks and 2/5
+    monkeypatch.setattr(type(one.unwrapped), "compute_reward", lambda self: self._data.qpos.sum())
+    cfg = replace(TINY, episodes=7, horizon=5)
+    results = qgf.rollout(Envs(three), dict(qgf=2.0), 0.05, "qgf@2", one.sizes, cfg)
+    goals = []
+    for i in range(7):
+        x, _ = one.reset(seed=qgf.FIRST_SEED + i)
+        goals.append((one.unwrapped.cur_task_id, *one.goal))
+        rng, over = np.random.default_rng(i), False
+        while not over:
+            noise = np.float32(rng.standard_normal((2, 25)))[-1]
+            x, _, over, _, info = one.step((0.1 * noise + x[27] - x[28]).reshape(5, 5))
+        np.testing.assert_allclose(results[i], info["episode"], rtol=1e-9)
+    assert one.sizes == (28, 3, 5) and results[:, 2].tolist() == [22] * 7
+    assert len(set(results[:, 1])) == 7
+    assert [g[0] for g in goals] == [1, 2, 3, 4, 5, 1, 2] and len(set(goals[:5])) == 5
+
+
+def test_an_environment_without_success_gives_its_return():
+    env, plain = qgf.Chunks(OWN, 3), gymnasium.make("Pendulum-v1")
+    np.testing.assert_allclose(env.reset(seed=5)[0], plain.reset(seed=5)[0])
+    over = False
+    while not over:
+        _, _, over, _, info = env.step(np.full((3, 1), 0.25, np.float32))
+    total = sum(plain.step(np.float32([0.5]))[1] for _ in range(200))
+    np.testing.assert_allclose(info["episode"], [math.nan, total, 200], rtol=1e-5)
+
+
+# ---- rows and the table
+def fake_rollout(monkeypatch):
+    """Each call of rollout and its nets, from now on; all episodes are won."""
+    played = []
+
+    def rollout(envs, nets, w, method, sizes, cfg):
+        played.append((method, w, nets))
+        return np.ones((cfg.episodes, 3))
+
+    monkeypatch.setattr(qgf, "rollout", rollout)
+    monkeypatch.setattr(qgf, "relative_weight", lambda guidance, *_: 10 * guidance)
+    return played
+
+
+def test_only_rows_that_lack_are_played(tmp_path, monkeypatch):
+    played, path = fake_rollout(monkeypatch), tmp_path / "episodes.csv"
+
+    def evaluate(updates=300, episodes=4, **changes):
+        played.clear()
+        cfg = replace(TINY, episodes=episodes, **changes)
+        actor = dict(updates=updates, policy_updates=jnp.int32(100), fade=cfg.fade)
+        rows = qgf.evaluate(None, None, None, actor, path, SIZES, cfg)
+        return len(rows), [f"{method} {w}" for method, w, _ in played]
+
+    both = ["bc 0.0", "qgf 10.0"]
+    assert evaluate() == (8, both) and evaluate() == evaluate(episodes=3) == (8, [])
+    new = ["qgf 0.5", "bptt 10.0", "bptt 0.5", "bc@2 0.0"]
+    assert evaluate(methods=("qgf", "bptt", "bc@2"), weights=(0.5,)) == (24, new)
+    assert evaluate(fade=False) == (32, both) and evaluate(400) == (40, both)
+    assert evaluate(400, episodes=6) == (44, both)
+
+
+def rows_of(method, wins, n, guidance=0.0, weight=0.0, updates=300, more=0.0):
+    """Rows of n episodes; the first ones are won."""
+    key = dict(updates=updates, method=method, guidance=guidance, weight=weight)
+    won = [math.nan if wins is None else float(i < wins) for i in range(n)]
+    rows = [key | {"success": x, "return": more - i} for i, x in enumerate(won)]
+    return [{k: str(x) for k, x in row.items()} for row in rows]
+
+
+def test_the_table_has_wilsons_interval_and_the_paired_gain():
+    rows = rows_of("bc", 10, 50) + rows_of("bc", 50, 50, updates=200)
+    rows += rows_of("qgf", 40, 50, 0.5) + rows_of("qgf", 8, 20, weight=0.25)
+    lines = qgf.table(rows, dict(updates=300), GOAL)
+    z, p, n = 1.959964, 0.8, 50
+    centre = p + z * z / 2 / n
+    half = z * math.sqrt(p * (1 - p) / n + z * z / 4 / n / n)
+    low, high = (x / (1 + z * z / n) for x in (centre - half, centre + half))
+    assert f"qgf λ 0.5 50 0.80 [{low:.2f}, {high:.2f}]" in " ".join(lines[2].split())
+    assert f"+0.60 ± {z * math.sqrt(0.6 * 0.4 / 50):.2f} " in lines[2]  # of 30 ones, 20 zeros
+    assert lines[1].split()[:3] == ["bc", "50", "0.20"] and "+" not in lines[1]
+    assert "w 0.25" in lines[3] and "-0.10 ± " in lines[3]  # over the first 20 episodes of bc
+    assert lines[3].endswith(" 0.50 0.50 0.50 0.25 0.25")  # by goal
+    assert "Guidance helped: qgf" in lines[4] and "+0.60" in lines[4]
+    assert len(lines) == 5 and max(map(len, lines)) <= 90
+    for wins in (20, 21, 3):
+        rows = rows_of("bc", 20, 50) + rows_of("qgf", wins, 50, 1.0)
+        assert "did not help: qgf" in qgf.table(rows, dict(updates=300), TASK)[-1]
+
+
+def test_without_success_the_return_is_compared():
+    rows = rows_of("bc", None, 6) + rows_of("qgf", None, 4, 1.0, more=2.5)
+    lines = qgf.table(rows, dict(updates=300), OWN)
+    assert lines[1].split() == ["bc", "6", "-2.5"] and "nan" not in "".join(lines)
+    assert "+2.50 ± 0.00" in lines[2] and lines[2].endswith(" 1.0") and "helped" in lines[3]
+
+
+# ---- runs
+def some_data(path):
+    return qgf.read_transitions(raw_data(rewards=np.full(29, ord(path.name))), OWN, ENV, TINY)
+
+
+def fit(folder, updates, learner="policy", sizes=SIZES, files="ab", load=some_data, **changes):
+    cfg = replace(TINY, **changes)
+    return qgf.fit(learner, updates, folder, [*map(Path, files)], load, sizes, cfg)
+
+
+def files_of(folder):
+    return {x.name: x.read_bytes() for x in folder.iterdir()}
+
+
+@pytest.mark.parametrize("learner", ["policy", "critic"])
+def test_a_run_that_stops_goes_on_bitwise_or_says_what_differs(tmp_path, learner):
+    one, two = tmp_path / "one", tmp_path / "two"
+    whole = fit(one, 1300, learner)
+    for updates in (100, 1100, 1300):
+        state = fit(two, updates, learner)
+    before = files_of(one)
+    assert_same(whole, state)
+    assert before == files_of(two) and len(before) == 3
+    metrics = qgf.read_csv(one / "metrics.csv")
+    assert [int(row["updates"]) for row in metrics] == [*range(100, 1301, 100)]
+    other = dict(policy=dict(critic_width=9, episodes=3), critic=dict(policy_width=9, fade=False))
+    assert_same(fit(one, 1200, learner, **other[learner]), whole)  # of no concern to this learner
+    changes = dict(lr=dict(lr=2e-3), data=dict(files="b"), horizon=dict(horizon=2))
+    changes[f"params/{learner}/0/w"] = dict(sizes=(5, 0, 2))
+    if learner == "critic":
+        changes["discount"] = dict(discount=0.9)
+    for name, change in changes.items():
+        with pytest.raises(qgf.UserError, match=f"another {name}.*--out"):
+            fit(one, 1400, learner, **change)
+    with pytest.raises(qgf.UserError, match="1300 updates"):
+        fit(one, 1000, learner, policy_updates=1000, critic_updates=1000)
+    assert files_of(one) == before
+    (one / "checkpoint.npz").write_bytes(before["checkpoint.npz"][:999])
+    with pytest.raises(qgf.UserError, match=r"checkpoint\.npz is cut off"):
+        fit(one, 1400, learner)
+
+
+def test_two_runs_that_train_one_policy_at_once_write_the_same(tmp_path, monkeypatch):
+    alone, calls, train = fit(tmp_path / "alone", 500), [], qgf.train
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            fit(tmp_path / "both", 500)  # another process, which is faster
+        return train(*args)
+
+    monkeypatch.setattr(qgf, "train", interrupted)
+    assert_same(fit(tmp_path / "both", 500), alone)
+    assert files_of(tmp_path / "both") == files_of(tmp_path / "alone")
+
+
+def test_slices_take_turns_and_each_20_seconds_are_saved(tmp_path, monkeypatch):
+    seen, saved, save = [], [], qgf.save
+    clock = iter(range(0, 10**6, 4))  # each look at the clock takes 4 s
+
+    def train(learner, state, data, n, cfg):
+        seen.extend(data.name * (n // 50))
+        return state._replace(step=state.step + n), dict(x=np.zeros(n))
+
+    def watched_save(folder, state, metrics, settings):
+        saved.append(int(state.step))
+        save(folder, state, metrics, settings)
+
     monkeypatch.setattr(qgf, "train", train)
-    monkeypatch.setattr(qgf, "save", lambda *_: seen.append("."))
-    monkeypatch.setattr(qgf, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
-    qgf.learn(types.SimpleNamespace(step=[950]), {}, [], "abc", str, tmp_path, replace(CFG, updates=3250))
-    assert "".join(seen).replace(".", "") == "a" + 20 * "b" + 20 * "c" + 5 * "a" and seen.count(".") == 2
+    monkeypatch.setattr(qgf, "save", watched_save)
+    monkeypatch.setattr(qgf, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    for updates in (950, 3250):
+        fit(tmp_path, updates, files="abc", load=lambda path: path)
+    assert "".join(seen) == 20 * "a" + 20 * "b" + 20 * "c" + 5 * "a"
+    assert saved == [600, 950, 1500, 2100, 2700, 3250]
 
-def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(whole, monkeypatch):
-    before, real = checkpoint(whole), qgf.train
-    def diverging(states, data, n, cfg):
-        states, info = real(states, data, n, cfg)
-        params = jax.tree.map(lambda x: x * np.nan, states.params)
-        return states._replace(params=params), info | dict(q=info["q"] * np.nan)
-    monkeypatch.setattr(qgf, "train", diverging)
-    with pytest.raises(qgf.UserError, match="NaN or Inf at update .*smaller --lr"):
-        main(whole, "--updates", int(before["metrics"][-1, 0]) + 100)
-    assert all((v == before[k]).all() for k, v in checkpoint(whole).items())
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# ---- the files around it -----------------------------------------------------------------------------------
+def test_nan_is_refused_and_the_last_checkpoint_kept(tmp_path, monkeypatch):
+    fit(tmp_path, 100)
+    before = files_of(tmp_path)
+
+    def train(learner, state, data, n, cfg):
+        params = jax.tree.map(lambda x: x * np.nan, state.params)
+        return state._replace(params=params, step=state.step + n), dict(policy_loss=np.zeros(n))
+
+    monkeypatch.setattr(qgf, "train", train)
+    with pytest.raises(qgf.UserError, match=r"NaN.* 200 updates"):
+        fit(tmp_path, 200)
+    assert files_of(tmp_path) == before
+
+
+def test_a_third_learner_logs_what_it_likes(tmp_path, monkeypatch):
+    def loss(params, average, batch, key, cfg):
+        return jnp.mean((batch.actions - params) ** 2), dict(mine=batch.actions.mean())
+
+    monkeypatch.setitem(qgf.LEARNERS, "mean", (lambda key, sizes, cfg: jnp.zeros(6), loss))
+    monkeypatch.setitem(qgf.SETTINGS, "mean", qgf.SETTINGS["policy"])
+    monkeypatch.setattr(qgf.Config, "mean_updates", 100, raising=False)
+    fit(tmp_path, 100, "mean")
+    (row,) = qgf.read_csv(tmp_path / "metrics.csv")
+    assert row.keys() == {"updates", "mine"} and 0 < abs(float(row["mine"])) < 1
+
+
+# ---- the command line
+def parse(text):
+    return qgf.parse(text.split())
+
+
+def test_words_of_the_command_line():
+    given = dict(guidance=(0.3, 1.0), methods=("qgf@4", "bptt"), fade=False, lr=1e-4)
+    line = "--guidance 0.3 1 --methods qgf@4 bptt --no-fade --lr 1e-4"
+    assert parse(line) == qgf.Config(**given)
+    assert parse("--weights 0.1") == qgf.Config(weights=(0.1,), guidance=())
+    assert parse("--weights 0.1 --guidance 2").guidance == (2.0,)
+    for name, defaults in qgf.FAMILY.items():
+        want = defaults | dict(env=f"{name}-task2", depth=2)
+        assert parse(f"--env {name}-task2 --depth 2") == qgf.Config(**want)
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("--lr nan", "--lr nan"),
+        ("--lr -1", "--lr -1"),
+        ("--discount 1.5", "--discount 1.5"),
+        ("--seed 1.5", "--seed.*1.5"),
+        ("--policy-update 5", "--policy-update;.*--policy-updates"),  # no abbreviations
+        ("--batchsize 5", "--batchsize;.*--batch-size"),
+        ("cube-double", "cube-double"),
+        ("--methods qgf best", "best.*qgf-jacobian"),
+        ("--methods qgf@0", "qgf@0"),
+    ],
+)
+def test_a_wrong_word_gets_one_line(line, words):
+    with pytest.raises(qgf.UserError, match=rf"^.*{words}.*--help.*\Z"):
+        parse(line)
+
+
+SMALL = "--policy-width 8 --critic-width 8 --depth 1 --batch-size 8 --collect 2000 --episodes 2"
+SMALL += " --policy-updates 100 --critic-updates 600 --eval-every 300"
+
+
+def test_main_trains_once_and_plays_what_lacks(home, tmp_path, monkeypatch, capsys):
+    played = fake_rollout(monkeypatch)
+    envs = SimpleNamespace(close=lambda terminate: None)
+    monkeypatch.setattr(qgf, "make_envs", lambda task, cfg: envs)
+    monkeypatch.setattr(qgf, "DATA_DIR", (home / COLLECTED).parent)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    def main(line=""):
+        played.clear()
+        qgf.main([*SMALL.split(), "--out=~/x", "--env", "cube-single", *line.split()])
+        return [method for method, _, _ in played]
+
+    assert main() == 2 * ["bc", "qgf"]
+    out = capsys.readouterr().out
+    assert "400 rows, 2 trajectories" in out and "after 600 updates" in out
+    folders = tmp_path / "x/cube-single-play-v0-policy-s0", tmp_path / "x/cube-single-s0"
+    policy, critic = (qgf.read_npz(folder / "checkpoint.npz") for folder in folders)
+    acts, _ = qgf.named_leaves(played[-1][2])
+    assert {name.split("/")[0] for name in acts} == {"policy", "critic", "value"}
+    assert_same(acts, {k: (policy | critic)[f"average/{k}"] for k in acts})
+    before = files_of(folders[0])
+    assert main() == [] and main("--methods bptt") == ["bptt"]
+    assert main("--env cube-single-task2") == 2 * ["bc", "qgf"]
+    assert files_of(folders[0]) == before  # all tasks share the policy
+    whole = (home / COLLECTED).read_bytes()
+    (tmp_path / "1.npz").write_bytes(whole)
+    (tmp_path / "2.npz").write_bytes(whole[:-999])
+    with pytest.raises(qgf.UserError, match=r"2\.npz is cut off"):
+        main(f"--data {tmp_path} --out ~/y")
+    assert [*(tmp_path / "y").iterdir()] == []
+
+
+# ---- run_all.sh and the pages
 def run_all(*args, **env):
-    return subprocess.run([HERE / "run_all.sh", *args], env=os.environ | env, text=True, capture_output=True)
+    return subprocess.run(
+        [HERE / "run_all.sh", *args], env=os.environ | env, text=True, capture_output=True
+    )
+
 
 def test_run_all_goes_on_after_a_failure_and_says_so(tmp_path):
     stub = tmp_path / "python"
     stub.write_text('#!/usr/bin/env bash\necho "$*" >> "$CALLS"\n[ "$3" != broken ]\n')
     stub.chmod(0o755)
-    p = run_all("one broken two", "0 1", "--width", "64", PYTHON=str(stub), CALLS=str(tmp_path / "calls"), OUT="o")
+    env = dict(PYTHON=str(stub), CALLS=str(tmp_path / "calls"), OUT="o")
+    p = run_all("one broken two", "0 1", "--lr", "1e-4", **env)
     assert p.returncode == 1 and "failed: broken-s0 broken-s1" in p.stderr
-    calls = [line.split() for line in (tmp_path / "calls").read_text().splitlines() if ".py" in line]
-    assert [(c[2], c[4]) for c in calls[:-1]] == [(e, s) for e in ("one", "broken", "two") for s in "01"]
-    assert all(c[5:] == ["--out", "o", "--width", "64"] for c in calls[:-1]) and "table.py" in calls[-1][0]
+    *calls, last = [x.split() for x in (tmp_path / "calls").read_text().splitlines() if ".py" in x]
+    assert [(c[2], c[4]) for c in calls] == [(e, s) for e in ("one", "broken", "two") for s in "01"]
+    assert all(c[5:] == ["--out", "o", "--lr", "1e-4"] for c in calls) and "table.py" in last[0]
 
-def test_run_all_explains_itself_and_refuses_what_cannot_work(tmp_path):
-    assert "./run_all.sh" in run_all("--help").stdout
-    p = run_all("cube-single", PYTHON="no-such-python")
-    assert p.returncode == 1 and "no-such-python" in p.stderr and p.stderr.count("\n") == 1
-    (tmp_path / "scene-play-v0-val.npz").touch()  # for validation, and not to be trained on
-    for folder, words in {"/nowhere": "DATA=/nowhere is no folder", str(tmp_path): "no scene-play-* in"}.items():
-        p = run_all("scene-task2", DATA=folder)
-        assert p.returncode == 1 and words in p.stderr and p.stderr.count("\n") == 1
 
-def test_tasks_2_to_5_use_the_flow_of_task_1_and_a_slurm_task_takes_one_run_of_the_papers_list():
-    calls = [line.split() for line in run_all("--dry-run", "", "3", OUT="o").stdout.splitlines()]
-    assert len(calls) == 20
-    for call in calls:
-        env = call[call.index("--env") + 1]
-        lender = None if env.endswith("task1") else f"o/{env[:-1]}1-s3"
-        assert lender == (call[call.index("--policy") + 1] if "--policy" in call else None)
+@pytest.mark.parametrize(
+    "words, args, env",
+    [
+        ("no-such-python", ["cube-single"], dict(PYTHON="no-such-python")),
+        ("/nowhere is no folder", ["cube-single"], dict(DATA="/nowhere")),
+        ("2 match scene-play-*", ["scene-task2"], {}),
+        ("0 match antmaze-large-navigate-*", ["antmaze-large"], {}),
+        ("the list has 20 runs", ["paper"], dict(SLURM_ARRAY_TASK_ID="20", DATA="")),
+    ],
+)
+def test_run_all_refuses_what_cannot_work(tmp_path, words, args, env):
+    for name in ("scene-play-v0.npz", "scene-play-v0-val.npz", "scene-play-100m-v0"):
+        (tmp_path / name).touch()
+    p = run_all(*args, **dict(DATA=str(tmp_path), PYTHON=sys.executable) | env)
+    assert p.returncode == 1 and words in p.stderr and p.stderr.count("\n") == 1
+
+
+def test_run_all_lists_the_papers_runs():
     lines = run_all("--dry-run", "paper", "0").stdout.splitlines()
-    assert len(lines) == 20 and all("--discount 0.999 --expectile 0.9 --sparse 0" in x for x in lines)
+    assert len(lines) == 20 and all(
+        "--discount 0.999 --expectile 0.9 --no-sparse" in x for x in lines
+    )
+    for line in lines:
+        qgf.parse(line.split()[2:])
     one = run_all("--dry-run", "paper", "0", SLURM_ARRAY_TASK_ID="19").stdout.splitlines()
     assert one == lines[19:] and "--env scene-task5" in one[0]
+    assert "./run_all.sh" in run_all("--help").stdout
 
-def test_the_table_of_a_folder_pools_tasks_and_seeds_and_counts_none_twice(tmp_path):
-    header = "env,seed,episode,updates,method,guidance,weight,success,return,length"
-    def save(folder, env, seeds, wins):
-        (tmp_path / folder).mkdir(parents=True)
-        lines = [f"{env},{s},{i},{u},{m},{g},{0.5 * g},{float(i < w)},-1.0,9.0" for s in seeds for i in range(10)
-                 for u, m, g, w in ((50, "qgf", 0.1, 10), (100, "bc", 0.0, 0), (100, "qgf", 0.1, wins), (100, "new@2", 0.1, 9))]
-        (tmp_path / folder / "episodes.csv").write_text("\n".join([header, *lines, ""]))
-    save("cube-triple-task1-s0", "cube-triple-task1", (0, 1), 9)
-    save("cube-triple-task2-s0", "cube-triple-task2", (0,), 3)
-    save("cube-triple-task1-s1", "cube-triple-task1", (1,), 0)  # that seed again: the later one counts
-    save("more/scene-s0", "scene", (0,), 10)
-    command = [sys.executable, HERE / ".github/table.py", tmp_path]
-    out = subprocess.run(command, env=os.environ | dict(PYTHONPATH=str(HERE)), text=True, capture_output=True).stdout
-    assert all(x in out for x in ("cube-triple: 3 runs", "more/scene: 1 run", "\n| `qgf` | 0.45 | 0.30 | 0.38 |\n| `new@2` | 0.90"))
-    assert [line.split()[3:5] for line in out.splitlines() if line.startswith("qgf ")][0] == ["30", "0.40"]
 
-def forked(page):
-    """qgf.py with the diff of that page: its + lines go behind the unchanged one before them."""
-    source = (HERE / "qgf.py").read_text()
-    lines = (HERE / page).read_text().split("```diff\n")[1].split("```")[0].splitlines()
-    for line in lines:
-        if line[0] == " ":
-            assert source.count(line[1:] + "\n") == 1, line
-            place = source.index(line[1:] + "\n") + len(line)
+def test_run_all_ends_its_run_when_it_is_ended(tmp_path):
+    stub = tmp_path / "python"
+    stub.write_text("#!/usr/bin/env bash\n[ $1 = -c ] && exit\ntouch started\nexec sleep 60\n")
+    stub.chmod(0o755)
+    env = os.environ | dict(PYTHON=str(stub))
+    p = subprocess.Popen([HERE / "run_all.sh", "one"], cwd=tmp_path, env=env, stderr=-1, text=True)
+    while not (tmp_path / "started").exists():
+        time.sleep(0.05)
+    p.terminate()
+    assert "interrupted; the same command resumes" in p.communicate(timeout=20)[1]
+    assert p.returncode == 1
+
+
+def test_every_command_of_the_pages_is_understood():
+    pages = [HERE / "README.md", HERE / ".github/results/README.md"]
+    lines = [line for page in pages for line in page.read_text().splitlines()]
+    commands = [x.split("#")[0].split()[2:] for x in lines if x.startswith("python qgf.py ")]
+    assert len(commands) >= 5
+    for command in commands:
+        if "qgf-midpoint" not in command:  # a fork's
+            qgf.find_task(qgf.parse(command).env)
+
+
+# ---- real runs, in processes of their own
+def start(home, *args, flags=(), **env):
+    command = [sys.executable, *flags, qgf.__file__, *map(str, args)]
+    env = os.environ | dict(HOME=str(home)) | env
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="latin-1")
+    return subprocess.Popen(command, env=env, cwd=home, start_new_session=True, **pipes)
+
+
+def finish(p, status=0):
+    """What a run prints, or its error, which is a line."""
+    out, err = p.communicate(timeout=200)
+    assert p.returncode == status, err
+    assert "Traceback" not in err or status == -signal.SIGKILL
+    return out if status == 0 else err
+
+
+def family(p):
+    """The processes of a run, but for the first: (id, command)."""
+    ids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+    found = []
+    for i in ids:
+        try:
+            if i != p.pid and os.getsid(i) == p.pid:
+                found.append((i, Path(f"/proc/{i}/cmdline").read_text()))
+        except OSError:  # it has ended
+            continue
+    return found
+
+
+@pytest.mark.slow
+def test_a_run_stopped_in_four_ways_equals_an_uninterrupted_one(home):
+    args = [*SMALL.split(), "--env", "cube-single", "--methods", "qgf@2", "--seed", 1, "--out"]
+    whole = start(home, *args, "whole")
+    stops = [("playing bc", 0), ("playing qgf", signal.SIGINT)]
+    stops += [("critic:  50%", signal.SIGTERM), ("critic:  50%", signal.SIGKILL)]
+    for words, number in stops:
+        p, text = start(home, *args, "stopped"), ""
+        while words not in text:  # of progress bars
+            text += p.stderr.read(1)
+            assert p.poll() is None, text
+        if number == 0:
+            os.kill(max(i for i, command in family(p) if "forkserver" in command), signal.SIGKILL)
+            assert "did a process die" in finish(p, 1)
+        elif number == signal.SIGKILL:
+            p.kill()
+            finish(p, -number)
         else:
-            source = source[:place] + line[1:] + "\n" + source[place:]
-            place += len(line)
-    fork = types.ModuleType("fork")
-    sys.modules["fork"] = fork  # where dataclasses look
-    exec(source, vars(fork))
-    return fork
+            os.killpg(p.pid, number) if number == signal.SIGINT else p.terminate()
+            assert "stopped: the same command" in finish(p, 1)
+        limit = time.monotonic() + 60
+        while family(p):
+            assert time.monotonic() < limit
+            time.sleep(0.1)
+    faults = dict(MUJOCO_GL="nonsense", JAX_ENABLE_X64="1", TMPDIR=f"/tmp/{'x' * 99}")
+    finish(start(home, *args, "stopped", **faults))
+    assert "cube-single after 600 updates" in finish(whole)
+    for folder in ("cube-single-play-v0-policy-s1", "cube-single-s1"):
+        assert files_of(home / "whole" / folder) == files_of(home / "stopped" / folder)
 
-def test_the_readmes_new_guidance_runs():
-    fork = forked("README.md")
-    (name,) = fork.GUIDANCE.keys() - qgf.GUIDANCE.keys()
-    nets, s, a_0 = sampling()
-    ours, bc, plain = (fork.sample_actions(nets, s, a_0, 0.5, m, 5)[0] for m in (name, "bc", "qgf"))
-    assert np.isfinite(ours).all() and (ours != bc).any() and (ours != plain).any()
 
-def test_the_new_loss_for_forks_runs_and_reaches_the_critic_alone():
-    fork, state, batch = forked(".github/forking.md"), some_state(), batch_of()
-    ours, info = jit(fork.update)(state, batch, KEY, CFG)
-    plain, without = update(state, batch, KEY, CFG)
-    assert info.pop("conservative_loss") != 0
-    assert_close(info, without, rtol=1e-5)
-    assert_close(*({k: x.params[k] for k in ("policy", "value")} for x in (ours, plain)), atol=2e-5)
-    assert "critic" in changed(ours.params, plain.params)
+@pytest.mark.slow
+def test_your_own_environment(home):
+    env, rows = gymnasium.make("Pendulum-v1"), []
+    for seed in range(3):
+        state, _ = env.reset(seed=seed)
+        for i in range(200):
+            action = np.random.default_rng(i).uniform(-2, 2, 1)
+            after, reward, *_ = env.step(action)
+            rows.append((state, action, reward, i == 199))
+            state = after
+    save_rows(home / "p.npz", "observations actions rewards terminals", rows)
+    out = finish(start(home, *SMALL.split(), "--env", "Pendulum-v1", "--data", "p.npz"))
+    assert "600 rows, 3 trajectories" in out and "Guidance" in out
+    rows = qgf.read_csv(home / "runs/Pendulum-v1-s0/episodes.csv")
+    assert len(rows) == 8 and {row["success"] for row in rows} == {"nan"}
+    assert all(-2000 < float(row["return"]) < 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_odd_machines(home):
+    """A terminal without Greek letters, no docstrings, no GPU, a folder that cannot be."""
+    text = finish(start(home, "--help", flags=["-OO"], PYTHONIOENCODING="latin-1"))
+    assert all(f"--{name.replace('_', '-')} " in text for name in qgf.Config.__annotations__)
+    err = finish(start(home, "--out", "/proc/x"), 1)
+    assert err.count("\n") == 1 and "/proc/x" in err
+    assert finish(start(home, JAX_PLATFORMS="cuda"), 1).count("\n") == 1
