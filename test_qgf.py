@@ -24,8 +24,6 @@ from scipy.integrate import solve_ivp
 
 import qgf
 
-HERE = Path(qgf.__file__).parent
-
 S, G, A, H = 4, 3, 2, 3
 CFG = qgf.Config(
     policy_width=16, critic_width=16, depth=1, batch_size=32, horizon=H, denoise_steps=5
@@ -78,7 +76,7 @@ def assert_close(a, b, **tolerance):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
 
 
-# ---- the networks in float64 numpy
+# ---- networks in numpy
 def numpy_mlp(layers, x):
     layers = jax.tree.map(lambda p: np.asarray(p, np.float64), layers)
     out = []
@@ -110,31 +108,28 @@ def finite_differences(f, a):
 
 
 # ---- networks
-def test_shapes_layers_and_first_weights():
+def test_networks_equal_numpy():
     cfg = replace(CFG, depth=2)
     policy = init_state("policy", (S, G, A), cfg).params["policy"]
     critic, v = init_state("critic", (S, G, A), cfg).params.values()
     assert ["scale" in layer for layer in policy] == [True, False, False]  # as in the official code
     assert ["scale" in layer for layer in critic] == [True, True, False]
     assert policy[0]["w"].shape == (S + H * A + 16, 16)  # blind to goals
-    limit = math.sqrt(6 / (16 + 16))  # of Glorot's uniform distribution
-    assert 0.98 * limit < abs(policy[1]["w"]).max() <= limit
-    assert policy[2]["w"].std() == pytest.approx(16**-0.5, rel=0.1)  # LeCun's normal one
 
     s, g, a = BATCH.observations, BATCH.goals, BATCH.actions
     t = np.full((32, 1), 0.4)
     got = jax.jit(
-        lambda: dict(
-            velocity=qgf.velocity(policy, s, a, t, cfg),
-            q_values=qgf.q_values(critic, s, g, a),
-            q_min=qgf.q_min(critic, s, g, a),
-            value=qgf.value(v, s, g),
+        lambda: (
+            qgf.velocity(policy, s, a, t, cfg),
+            qgf.q_values(critic, s, g, a),
+            qgf.q_min(critic, s, g, a),
+            qgf.value(v, s, g),
         )
     )()
     q = numpy_q(critic, s, g, a)
     assert {*np.argmin(q, axis=0)} == {0, 1}
-    want = dict(velocity=numpy_velocity(policy, s, a, t), q_values=q, q_min=q.min(axis=0))
-    want["value"] = numpy_mlp(v, np.concatenate([s, g], axis=1))[:, 0]
+    v = numpy_mlp(v, np.concatenate([s, g], axis=1))[:, 0]
+    want = numpy_velocity(policy, s, a, t), q, q.min(axis=0), v
     assert_close(got, want, rtol=1e-3, atol=1e-3)
 
 
@@ -175,8 +170,8 @@ def test_policy_loss_is_least_at_the_gaussians_exact_velocity(monkeypatch):
     covariance = t * sigma**2 - (1 - t)
     least = sigma**2 + 1 - covariance**2 / ((1 - t) ** 2 + (t * sigma) ** 2)
     assert loss(0, 0) == pytest.approx(least.mean(), rel=0.01)
-    for shift, tilt in [(0.05, 0), (-0.05, 0), (0, 0.05), (0, -0.05)]:
-        assert loss(shift, tilt) > loss(0, 0)
+    for x in (-0.05, 0.05):
+        assert min(loss(x, 0), loss(0, x)) > loss(0, 0)
 
 
 def test_critic_loss_equals_numpy_and_each_term_reaches_its_own_network():
@@ -201,12 +196,9 @@ def test_critic_loss_equals_numpy_and_each_term_reaches_its_own_network():
     slopes, (loss, log) = jax.jit(jax.jacrev(terms, has_aux=True))(params)
     assert loss == pytest.approx(q_loss + v_loss, rel=1e-4)
     assert_close(log, dict(q_loss=q_loss, v_loss=v_loss, q=q_average.mean()), rtol=1e-4)
-    reached = [
-        (term, name)
-        for term in slopes
-        for name, tree in slopes[term].items()
-        if any(x.any() for x in jax.tree.leaves(tree))
-    ]
+    reached = []
+    for term, tree in slopes.items():
+        reached += [(term, x) for x in tree if any(y.any() for y in jax.tree.leaves(tree[x]))]
     assert sorted(reached) == [("q_loss", "critic"), ("v_loss", "value")]
 
 
@@ -221,6 +213,17 @@ def test_expectile_loss_is_least_at_the_expectile(tau):
 
 
 # ---- batches
+def assert_discounted(batch, k, rewards, masks):
+    total, discount = 0.0, 0.99**H
+    for j in range(H):
+        total += 0.99**j * rewards[j]
+        if masks[j] == 0:
+            discount = 0.0
+            break
+    assert batch.returns[k] == pytest.approx(total, abs=1e-5)
+    assert batch.discounts[k] == pytest.approx(discount)
+
+
 def test_chunks_are_those_of_a_brute_force_loop_and_returns_stop_at_success():
     states = np.arange(60.0)[:, None]  # a state is its row's number
     data = DATA._replace(observations=states, goals=np.zeros((60, 0)))
@@ -228,17 +231,10 @@ def test_chunks_are_those_of_a_brute_force_loop_and_returns_stop_at_success():
     assert batch.goals.shape == (500, 0)
     for k in range(500):
         i = int(batch.observations[k, 0])
-        total, discount = 0.0, 0.99**H
-        for j in range(H):
-            assert data.ends[i + j] == data.ends[i]
-            total += 0.99**j * data.rewards[i + j]
-            if data.masks[i + j] == 0:
-                discount = 0.0
-                break
-        assert batch.returns[k] == pytest.approx(total, abs=1e-5)
-        assert batch.discounts[k] == pytest.approx(discount)
-        np.testing.assert_array_equal(batch.actions[k], data.actions[i : i + H].ravel())
-        if discount:
+        assert_discounted(batch, k, data.rewards[i:], data.masks[i:])
+        assert data.ends[i + H - 1] == data.ends[i]
+        assert_same(batch.actions[k], data.actions[i : i + H].ravel())
+        if batch.discounts[k]:
             assert batch.next_observations[k] == i + H
     assert {*batch.observations[:, 0]} == {*data.starts}
 
@@ -252,86 +248,62 @@ def test_hindsight_equals_a_brute_force_loop():
     for k in range(n):
         i = int(batch.observations[k, 0])
         goal = int(np.flatnonzero((pairs == batch.goals[k]).all(axis=1))[0])
-        total, discount = 0.0, 0.99**H
-        for j in range(H):
-            if (i + j) // 2 == goal // 2:
-                discount = 0.0
-                break
-            total -= 0.99**j
-        assert batch.returns[k] == pytest.approx(total, abs=1e-5)
-        assert batch.discounts[k] == pytest.approx(discount)
+        masks = [(i + j) // 2 != goal // 2 for j in range(H)]
+        assert_discounted(batch, k, [-x for x in masks], masks)
         counts[0 if goal == i else 3 if goal == ends[i] else 1 if i < goal < ends[i] else 2] += 1
     left = ends[data.starts] - data.starts  # rows to come, the last of which is one
     later, last = (np.mean(0.5 * x + 0.3 * x * left / 60) for x in (1, 1 / left))
     want = [0.2 + 0.3 / 60, later - last, 0.8 - 0.3 / 60 - later, last]
-    np.testing.assert_allclose(np.array(counts) / n, want, atol=0.012)
+    assert_close(np.array(counts) / n, want, atol=0.012)
 
 
 # ---- training
+@pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.parametrize("learner", qgf.LEARNERS)
 def test_training_is_single_updates_however_they_are_grouped(learner):
-    scanned, log = jax.device_get(qgf.train(learner, some_state(learner), DATA, 4, CFG))
-    grouped, _ = qgf.train(learner, some_state(learner), DATA, 2, CFG)
-    grouped, last = qgf.train(learner, grouped, DATA, 2, CFG)
-    assert_same(scanned, grouped)
-    assert_same({name: x[2:] for name, x in log.items()}, last)
+    fresh, other = (init_state(learner, (S, G, A), replace(CFG, seed=i)) for i in (0, 1))
+    assert_same(fresh.params, fresh.average)
+    assert (jax.tree.leaves(fresh.params)[-1] != jax.tree.leaves(other.params)[-1]).all()
 
-    params, average, _, key, _ = some_state(learner)
-    m = v = jax.tree.map(np.zeros_like, params)
-    _, loss = qgf.LEARNERS[learner]
-    gradient = jax.jit(jax.grad(loss, has_aux=True), static_argnums=4)
-    for i in range(4):
+    scanned, log = qgf.train(learner, some_state(learner), DATA, 4, CFG)
+    two = jax.device_get(qgf.train(learner, some_state(learner), DATA, 2, CFG)[0])
+    assert_same(scanned, qgf.train(learner, two, DATA, 2, CFG)[0])
+
+    gradient = jax.jit(jax.grad(qgf.LEARNERS[learner][1], has_aux=True), static_argnums=4)
+    state = some_state(learner)
+    for i in range(2):
+        params, average, _, key, _ = state
         key_batch, key_loss = jax.random.split(jax.random.fold_in(key, i))
         batch = sample_batch(key_batch, DATA, CFG)
         g, info = jax.device_get(gradient(params, average, batch, key_loss, CFG))
-        assert_close({name: x[i] for name, x in log.items()}, info, rtol=1e-3)
+        assert_close({name: x[i] for name, x in log.items()}, info, rtol=1e-4)
+        state = jax.device_get(qgf.train(learner, state, DATA, 1, CFG)[0])
         average = jax.tree.map(lambda x, p: 0.995 * x + 0.005 * p, average, params)  # the old ones
-        m = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, m, g)
-        v = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g**2, v, g)
-        m_scale, v_scale = 1 - 0.9 ** (i + 1), 1 - 0.999 ** (i + 1)
-        params = jax.tree.map(
-            lambda p, m, v: p - 1e-3 * m / m_scale / (np.sqrt(v / v_scale) + 1e-8), params, m, v
-        )
-    assert_close(scanned.params, params, atol=4e-5)
-    assert_close(scanned.average, average, atol=1e-6)
-    assert scanned.step == 4
-
-
-@pytest.mark.parametrize("learner", qgf.LEARNERS)
-def test_seeds_differ_and_the_first_average_is_the_parameters(learner):
-    state, other = (
-        jax.device_get(init_state(learner, (S, G, A), replace(CFG, seed=i))) for i in (0, 1)
-    )
-    assert_same(state.params, state.average)
-    weights = [[x for x in jax.tree.leaves(y.params) if x.std() > 0] for y in (state, other)]
-    assert all((x != y).all() for x, y in zip(*weights, strict=True))
-    assert (state.key != other.key).any()
+        assert_close(state.average, average, atol=3e-7)
+        if i == 0:  # Adam's first step
+            params = jax.tree.map(lambda p, g: p - 1e-3 * g / (abs(g) + 1e-8), params, g)
+            assert_close(state.params, params, atol=1e-5)
+    assert_close(two, state, rtol=1e-4, atol=1e-5)
 
 
 # ---- a bandit whose actions are near (-.6, 0) or, one time in five, (.6, 0), which is better
 @pytest.fixture(scope="session")
 def toy():
     rng = np.random.default_rng(0)
-    n = 4000
-    good = rng.random((n, 1)) < 0.2
-    actions = np.float32(np.where(good, [0.6, 0], [-0.6, 0]) + rng.normal(0, 0.1, (n, 2)))
-    data = qgf.Data(
-        observations=np.zeros((n, 1), np.float32),
-        actions=actions,
-        rewards=actions[:, 0],
-        masks=np.zeros(n, np.float32),
-        goals=np.zeros((n, 0), np.float32),
-        ends=np.arange(n),
-        starts=np.arange(n),
-    )
+    good = rng.random((4000, 1)) < 0.2
+    a = np.float32(np.where(good, [0.6, 0], [-0.6, 0]) + rng.normal(0, 0.1, (4000, 2)))
+    zeros, rows = np.zeros((4000, 1), np.float32), np.arange(4000)
+    data = qgf.Data(zeros, a, a[:, 0], zeros[:, 0], zeros[:, :0], ends=rows, starts=rows)
     cfg = qgf.Config(policy_width=32, critic_width=32, depth=2, batch_size=128, horizon=1)
     nets = {}
     for learner in qgf.LEARNERS:
         state = init_state(learner, (1, 0, 2), cfg)
-        nets |= qgf.train(learner, state, data, 1500, cfg)[0].average
+        nets |= qgf.train(learner, state, data, 1200, cfg)[0].average
     return nets, cfg
 
 
+@pytest.mark.slow
 def test_a_toy_bandit_is_solved(toy):
     nets, cfg = toy
 
@@ -345,6 +317,7 @@ def test_a_toy_bandit_is_solved(toy):
     assert good(32, 0.0, "bc") > 0.95
 
 
+@pytest.mark.slow
 def test_the_gradients_point_the_right_way(toy):
     """Along the unguided flow: agreement with BPTT, steadiness under noise, and effect."""
     nets, cfg = toy
@@ -357,24 +330,22 @@ def test_the_gradients_point_the_right_way(toy):
 
     @jax.jit
     def estimates(a, t):
-        return {name: f(q, flow, a, t, flow(a, t), T) for name, f in qgf.GUIDANCE.items()}
+        found = {name: f(q, flow, a, t, flow(a, t), T) for name, f in qgf.GUIDANCE.items()}
+        return {name: d / jnp.linalg.norm(d, axis=1, keepdims=True) for name, d in found.items()}
 
-    agrees, noisy, better = {}, {}, {}
+    agrees, shakes, helps = {}, {}, {}
     for i in range(T):
         t = np.full((200, 1), i / T)
-        all_d, all_noisy = (jax.device_get(estimates(a, t)) for a in (a_t, a_t + noise))
-        true = all_d["bptt"] / np.linalg.norm(all_d["bptt"], axis=1, keepdims=True)
-        for method, d in all_d.items():
-            size = np.linalg.norm(d, axis=1, keepdims=True)
-            change = np.linalg.norm(all_noisy[method] - d, axis=1, keepdims=True)
-            agrees[method, i] = np.sum(d / size * true, axis=1).mean()
-            noisy[method, i] = np.median(change / size)
-            better[method, i] = np.mean(end(a_t + 0.1 * d / size, t) > end(a_t, t))
+        exact, noisy = (jax.device_get(estimates(a, t)) for a in (a_t, a_t + noise))
+        for name, d in exact.items():
+            agrees[name, i] = np.sum(d * exact["bptt"], axis=1).mean()
+            shakes[name, i] = np.median(np.linalg.norm(noisy[name] - d, axis=1))
+            helps[name, i] = np.mean(end(a_t + 0.1 * d, t) > end(a_t, t))
         a_t = a_t + flow(a_t, t) / T
     for i in (0, 5, 9):
-        for method in ("bptt", "qgf", "qfql"):
-            assert agrees[method, i] > 0.5 and better[method, i] > 0.75, (method, i)
-        assert i == 9 or noisy["qgf", i] < noisy["qgf-jacobian", i]  # the paper's Figure 3
+        for name in ("bptt", "qgf", "qfql"):
+            assert agrees[name, i] > 0.5 and helps[name, i] > 0.75, (name, i)
+        assert i == 9 or shakes["qgf", i] < shakes["qgf-jacobian", i]  # the paper's Figure 3
     assert agrees["qgf-jacobian", 0] < agrees["qgf", 0]  # from pure noise the Jacobian says nothing
     assert agrees["qgf-jacobian", 9] > 0.999  # with one step left, it is BPTT
 
@@ -427,13 +398,13 @@ def test_estimators_equal_finite_differences():
 
     got, got_end = estimate(a, t)
     assert_close(got, want, rtol=2e-2, atol=1e-3)
-    np.testing.assert_allclose(got_end, end(a), atol=1e-4)
+    assert_close(got_end, end(a), atol=1e-4)
 
 
 def test_no_weight_is_bc_exactly_and_another_weight_compiles_nothing():
     nets, *rest = sampling(6)
     bc, _ = qgf.sample_actions(nets, *rest, 1.0, "bc", CFG)
-    np.testing.assert_array_equal(qgf.sample_actions(nets, *rest, 0.0, "qgf", CFG)[0], bc)
+    assert_same(qgf.sample_actions(nets, *rest, 0.0, "qgf", CFG)[0], bc)
     compiled = qgf.sample_actions._cache_size()
     assert (qgf.sample_actions(nets, *rest, 0.123, "qgf", CFG)[0] != bc).any()
     assert qgf.sample_actions._cache_size() == compiled
@@ -454,8 +425,8 @@ def test_every_method_is_its_plain_loop_and_best_of_2(method):
             for i in range(5):
                 t = np.full((6, 1), i / 5)
                 c = (1 - t) / ((1 - t) ** 2 + t**2) if fade else 1
-                v = np.array(flow(a, t))
-                a = a + (v + 0.1 * c * np.array(estimate(a, t, v))) / 5
+                v = flow(a, t)
+                a = a + np.array(v + 0.1 * c * estimate(a, t, v)) / 5
             a = np.clip(a, -1, 1)
             for _ in range(qgf.ASCENTS if method == "gradstep" else 0):
                 a = np.clip(a + 0.1 * np.array(uphill(a)), -1, 1)
@@ -463,7 +434,7 @@ def test_every_method_is_its_plain_loop_and_best_of_2(method):
         best = np.argmax([q(a) for a in candidates], axis=0)
         assert 0 < best.sum() < 6  # either is the better one somewhere
         got, _ = qgf.sample_actions(nets, s, g, a_0, 0.1, method, replace(CFG, fade=fade))
-        np.testing.assert_allclose(got, np.array(candidates)[best, np.arange(6)], atol=1e-4)
+        assert_close(got, np.array(candidates)[best, np.arange(6)], atol=1e-4)
 
 
 @pytest.mark.parametrize("method", [*qgf.GUIDANCE, "gradstep"])
@@ -486,11 +457,11 @@ def test_relative_weight_is_lambda_over_the_rms_along_the_unguided_flow():
     nets = sampling(1)[0]
     q, flow = closures(nets, BATCH.observations, BATCH.goals)
     estimate = jax.jit(partial(qgf.qgf, q, flow, T=5))
-    a = np.array(jax.random.normal(KEY, BATCH.actions.shape))
+    a = jax.random.normal(KEY, BATCH.actions.shape)
     squares = []
     for i in range(5):
         t = np.full((32, 1), i / 5)
-        v = np.array(flow(a, t))
+        v = flow(a, t)
         squares.append(np.square(estimate(a, t, v)).mean())
         a = a + v / 5
     w = qgf.relative_weight(0.1, nets, BATCH, "qgf", CFG)
@@ -511,13 +482,12 @@ def guided(monkeypatch, q, velocity, w, a_0, method, **changes):
 
 @pytest.mark.parametrize("w", [0.3, 1.0, 2.0])
 def test_qgf_is_exact_for_a_linear_critic(monkeypatch, w):
-    """N(0, I) tilted by w Q is N(w g, I): each a_0 moves by w g, and the variance stays."""
+    """N(0, I) tilted by w Q is N(w g, I): each sample moves by w g, so the variance stays."""
     g = np.float32([0.3, -0.2])
     a_0 = np.float32(np.random.default_rng(0).uniform(-0.35, 0.35, (20, 2)))
     velocity = gaussian_velocity(0, 1)
     a = guided(monkeypatch, lambda a: a @ g, velocity, w, a_0, "qgf", denoise_steps=2000)
-    np.testing.assert_allclose(a, a_0 + w * g, atol=2e-3)
-    np.testing.assert_allclose(a.var(axis=0), a_0.var(axis=0), rtol=5e-3)
+    assert_close(a, a_0 + w * g, atol=2e-3)
 
 
 @pytest.mark.parametrize("method", qgf.GUIDANCE)
@@ -538,7 +508,6 @@ def test_without_fade_a_gaussian_goes_where_each_methods_ode_says(monkeypatch, m
         return (clean - a) / (1 - t) + w * k * push[method]
 
     want = solve_ivp(slope, (0, 1 - 1e-9), a_0, rtol=1e-8, atol=1e-10).y[:, -1]
-    assert abs(want - (mu + sigma * a_0)).max() > 0.01
 
     def q(a):
         return -k / 2 * (a[:, 0] - aim) ** 2
@@ -546,7 +515,7 @@ def test_without_fade_a_gaussian_goes_where_each_methods_ode_says(monkeypatch, m
     T = 200 if method == "bptt" else 1000
     flow, noise = gaussian_velocity(mu, sigma), np.float32(a_0)[:, None]
     got = guided(monkeypatch, q, flow, w, noise, method, denoise_steps=T, fade=False)
-    np.testing.assert_allclose(got[:, 0], want, atol=4 / T)
+    assert_close(got[:, 0], want, atol=4 / T)
 
 
 SIZES = (4, 0, 2)
@@ -687,6 +656,7 @@ def test_rewards_of_a_task_are_those_of_ogbench(home, monkeypatch):
         np.testing.assert_array_equal(data.rewards, want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cube-double", "scene"])
 def test_goals_in_data_are_those_that_the_environment_gives(name):
     env = qgf.Chunks(qgf.find_task(name), 1)
@@ -893,6 +863,7 @@ def files_of(folder):
     return {x.name: x.read_bytes() for x in folder.iterdir()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("learner", ["policy", "critic"])
 def test_a_run_that_stops_goes_on_bitwise_or_says_what_differs(tmp_path, learner):
     one, two = tmp_path / "one", tmp_path / "two"
@@ -1021,6 +992,7 @@ SMALL = "--policy-width 8 --critic-width 8 --depth 1 --batch-size 8 --collect 20
 SMALL += " --policy-updates 100 --critic-updates 600 --eval-every 300"
 
 
+@pytest.mark.slow
 def test_main_trains_once_and_plays_what_lacks(home, tmp_path, monkeypatch, capsys):
     played = fake_rollout(monkeypatch)
     envs = SimpleNamespace(close=lambda terminate: None)
@@ -1051,77 +1023,6 @@ def test_main_trains_once_and_plays_what_lacks(home, tmp_path, monkeypatch, caps
     with pytest.raises(qgf.UserError, match=r"2\.npz is cut off"):
         main(f"--data {tmp_path} --out ~/y")
     assert [*(tmp_path / "y").iterdir()] == []
-
-
-# ---- run_all.sh and the pages
-def run_all(*args, **env):
-    return subprocess.run(
-        [HERE / "run_all.sh", *args], env=os.environ | env, text=True, capture_output=True
-    )
-
-
-def test_run_all_goes_on_after_a_failure_and_says_so(tmp_path):
-    stub = tmp_path / "python"
-    stub.write_text('#!/usr/bin/env bash\necho "$*" >> "$CALLS"\n[ "$3" != broken ]\n')
-    stub.chmod(0o755)
-    env = dict(PYTHON=str(stub), CALLS=str(tmp_path / "calls"), OUT="o")
-    p = run_all("one broken two", "0 1", "--lr", "1e-4", **env)
-    assert p.returncode == 1 and "failed: broken-s0 broken-s1" in p.stderr
-    *calls, last = [x.split() for x in (tmp_path / "calls").read_text().splitlines() if ".py" in x]
-    assert [(c[2], c[4]) for c in calls] == [(e, s) for e in ("one", "broken", "two") for s in "01"]
-    assert all(c[5:] == ["--out", "o", "--lr", "1e-4"] for c in calls) and "table.py" in last[0]
-
-
-@pytest.mark.parametrize(
-    "words, args, env",
-    [
-        ("no-such-python", ["cube-single"], dict(PYTHON="no-such-python")),
-        ("/nowhere is no folder", ["cube-single"], dict(DATA="/nowhere")),
-        ("2 match scene-play-*", ["scene-task2"], {}),
-        ("0 match antmaze-large-navigate-*", ["antmaze-large"], {}),
-        ("the list has 20 runs", ["paper"], dict(SLURM_ARRAY_TASK_ID="20", DATA="")),
-    ],
-)
-def test_run_all_refuses_what_cannot_work(tmp_path, words, args, env):
-    for name in ("scene-play-v0.npz", "scene-play-v0-val.npz", "scene-play-100m-v0"):
-        (tmp_path / name).touch()
-    p = run_all(*args, **dict(DATA=str(tmp_path), PYTHON=sys.executable) | env)
-    assert p.returncode == 1 and words in p.stderr and p.stderr.count("\n") == 1
-
-
-def test_run_all_lists_the_papers_runs():
-    lines = run_all("--dry-run", "paper", "0").stdout.splitlines()
-    assert len(lines) == 20 and all(
-        "--discount 0.999 --expectile 0.9 --no-sparse" in x for x in lines
-    )
-    for line in lines:
-        qgf.parse(line.split()[2:])
-    one = run_all("--dry-run", "paper", "0", SLURM_ARRAY_TASK_ID="19").stdout.splitlines()
-    assert one == lines[19:] and "--env scene-task5" in one[0]
-    assert "./run_all.sh" in run_all("--help").stdout
-
-
-def test_run_all_ends_its_run_when_it_is_ended(tmp_path):
-    stub = tmp_path / "python"
-    stub.write_text("#!/usr/bin/env bash\n[ $1 = -c ] && exit\ntouch started\nexec sleep 60\n")
-    stub.chmod(0o755)
-    env = os.environ | dict(PYTHON=str(stub))
-    p = subprocess.Popen([HERE / "run_all.sh", "one"], cwd=tmp_path, env=env, stderr=-1, text=True)
-    while not (tmp_path / "started").exists():
-        time.sleep(0.05)
-    p.terminate()
-    assert "interrupted; the same command resumes" in p.communicate(timeout=20)[1]
-    assert p.returncode == 1
-
-
-def test_every_command_of_the_pages_is_understood():
-    pages = [HERE / "README.md", HERE / ".github/results/README.md"]
-    lines = [line for page in pages for line in page.read_text().splitlines()]
-    commands = [x.split("#")[0].split()[2:] for x in lines if x.startswith("python qgf.py ")]
-    assert len(commands) >= 5
-    for command in commands:
-        if "qgf-midpoint" not in command:  # a fork's
-            qgf.find_task(qgf.parse(command).env)
 
 
 # ---- real runs, in processes of their own

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+
 import qgf
 
 PLACES = dict(midpoint=2, placebo=2, loss=2, transformer=4, edp=99, dqc=99)  # at most
@@ -22,6 +23,7 @@ close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
 KEY = jax.random.PRNGKey(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLACES)
 def test_fork(name, tmp_path, monkeypatch):
     """Three updates of small networks."""

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: MIT
+"""run_all.sh, and the commands of the pages."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import qgf
+
+HERE = Path(qgf.__file__).parent
+
+
+def run_all(*args, **env):
+    return subprocess.run(
+        [HERE / "run_all.sh", *args], env=os.environ | env, text=True, capture_output=True
+    )
+
+
+def test_run_all_goes_on_after_a_failure_and_says_so(tmp_path):
+    stub = tmp_path / "python"
+    stub.write_text('#!/usr/bin/env bash\necho "$*" >> "$CALLS"\n[ "$3" != broken ]\n')
+    stub.chmod(0o755)
+    env = dict(PYTHON=str(stub), CALLS=str(tmp_path / "calls"), OUT="o")
+    p = run_all("one broken two", "0 1", "--lr", "1e-4", **env)
+    assert p.returncode == 1 and "failed: broken-s0 broken-s1" in p.stderr
+    *calls, last = [x.split() for x in (tmp_path / "calls").read_text().splitlines() if ".py" in x]
+    assert [(c[2], c[4]) for c in calls] == [(e, s) for e in ("one", "broken", "two") for s in "01"]
+    assert all(c[5:] == ["--out", "o", "--lr", "1e-4"] for c in calls) and "table.py" in last[0]
+
+
+@pytest.mark.parametrize(
+    "words, args, env",
+    [
+        ("no-such-python", ["cube-single"], dict(PYTHON="no-such-python")),
+        ("/nowhere is no folder", ["cube-single"], dict(DATA="/nowhere")),
+        ("2 match scene-play-*", ["scene-task2"], {}),
+        ("0 match antmaze-large-navigate-*", ["antmaze-large"], {}),
+        ("the list has 20 runs", ["paper"], dict(SLURM_ARRAY_TASK_ID="20", DATA="")),
+    ],
+)
+def test_run_all_refuses_what_cannot_work(tmp_path, words, args, env):
+    for name in ("scene-play-v0.npz", "scene-play-v0-val.npz", "scene-play-100m-v0"):
+        (tmp_path / name).touch()
+    p = run_all(*args, **dict(DATA=str(tmp_path), PYTHON=sys.executable) | env)
+    assert p.returncode == 1 and words in p.stderr and p.stderr.count("\n") == 1
+
+
+def test_run_all_lists_the_papers_runs():
+    lines = run_all("--dry-run", "paper", "0").stdout.splitlines()
+    assert len(lines) == 20 and all(
+        "--discount 0.999 --expectile 0.9 --no-sparse" in x for x in lines
+    )
+    for line in lines:
+        qgf.parse(line.split()[2:])
+    one = run_all("--dry-run", "paper", "0", SLURM_ARRAY_TASK_ID="19").stdout.splitlines()
+    assert one == lines[19:] and "--env scene-task5" in one[0]
+    assert "./run_all.sh" in run_all("--help").stdout
+
+
+def test_run_all_ends_its_run_when_it_is_ended(tmp_path):
+    stub = tmp_path / "python"
+    stub.write_text("#!/usr/bin/env bash\n[ $1 = -c ] && exit\ntouch started\nexec sleep 60\n")
+    stub.chmod(0o755)
+    env = os.environ | dict(PYTHON=str(stub))
+    p = subprocess.Popen([HERE / "run_all.sh", "one"], cwd=tmp_path, env=env, stderr=-1, text=True)
+    while not (tmp_path / "started").exists():
+        time.sleep(0.05)
+    p.terminate()
+    assert "interrupted; the same command resumes" in p.communicate(timeout=20)[1]
+    assert p.returncode == 1
+
+
+def test_every_command_of_the_pages_is_understood():
+    pages = [HERE / "README.md", HERE / ".github/results/README.md"]
+    lines = [line for page in pages for line in page.read_text().splitlines()]
+    commands = [x.split("#")[0].split()[2:] for x in lines if x.startswith("python qgf.py ")]
+    assert len(commands) >= 5
+    for command in commands:
+        if "qgf-midpoint" not in command:  # a fork's
+            qgf.find_task(qgf.parse(command).env)
