@@ -813,7 +813,7 @@ def table(rows, actor, task):
 
 # ---- 10 main
 SMALL = dict(policy_width=256, depth=3, expectile=0.9, collect=200_000)
-SMALL |= dict(policy_updates=20_000, critic_updates=20_000)
+SMALL |= dict(policy_updates=10_000, critic_updates=10_000, guidance=(0.3,))
 FAMILY = {"cube-single": SMALL, "scene": dict(sparse=True)}  # instead of Config's
 FAMILY["puzzle-3x3"] = FAMILY["scene"]
 

@@ -76,11 +76,11 @@ def assert_close(a, b, **tolerance):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
 
 
-# ---- networks in numpy
+# ---- the networks in float64 numpy
 def numpy_mlp(layers, x):
-    layers = jax.tree.map(lambda p: np.asarray(p, np.float64), layers)
+    layers = jax.tree.map(np.float64, layers)
     out = []
-    for row in np.asarray(x, np.float64):
+    for row in np.float64(x):
         for layer in layers[:-1]:
             row = row @ layer["w"] + layer["b"]
             if "scale" in layer:
@@ -140,7 +140,7 @@ def test_policy_loss_equals_numpy():
     key_noise, key_time = jax.random.split(KEY)
     a_0 = np.asarray(jax.random.normal(key_noise, a_1.shape))
     t = np.asarray(jax.random.randint(key_time, (32, 1), 0, T + 1)) / T
-    assert len({*t.ravel()}) == T + 1 and {0, 1} < {*t.ravel()}
+    assert {*t.ravel()} == {*np.arange(T + 1) / T}
     v = numpy_velocity(params["policy"], BATCH.observations, (1 - t) * a_0 + t * a_1, t)
     loss, log = qgf.policy_loss(params, None, BATCH, KEY, CFG)
     assert loss == pytest.approx(np.mean((v - (a_1 - a_0)) ** 2), rel=1e-4)
@@ -167,14 +167,13 @@ def test_policy_loss_is_least_at_the_gaussians_exact_velocity(monkeypatch):
         return float(qgf.policy_loss(dict(policy=None), None, batch, KEY, CFG)[0])
 
     t = np.arange(T + 1) / T  # the least loss is the variance of a_1 - a_0 given a_t
-    covariance = t * sigma**2 - (1 - t)
-    least = sigma**2 + 1 - covariance**2 / ((1 - t) ** 2 + (t * sigma) ** 2)
+    least = sigma**2 / ((1 - t) ** 2 + (t * sigma) ** 2)
     assert loss(0, 0) == pytest.approx(least.mean(), rel=0.01)
     for x in (-0.05, 0.05):
         assert min(loss(x, 0), loss(0, x)) > loss(0, 0)
 
 
-def test_critic_loss_equals_numpy_and_each_term_reaches_its_own_network():
+def test_critic_loss_equals_numpy():
     params, average, *_ = some_state("critic")
     assert {*(BATCH.discounts > 0)} == {True, False}
     s, g, a = BATCH.observations, BATCH.goals, BATCH.actions
@@ -224,7 +223,7 @@ def assert_discounted(batch, k, rewards, masks):
     assert batch.discounts[k] == pytest.approx(discount)
 
 
-def test_chunks_are_those_of_a_brute_force_loop_and_returns_stop_at_success():
+def test_chunks_are_those_of_a_brute_force_loop():
     states = np.arange(60.0)[:, None]  # a state is its row's number
     data = DATA._replace(observations=states, goals=np.zeros((60, 0)))
     batch = jax.device_get(sample_batch(KEY, data, replace(CFG, batch_size=500)))
@@ -232,7 +231,6 @@ def test_chunks_are_those_of_a_brute_force_loop_and_returns_stop_at_success():
     for k in range(500):
         i = int(batch.observations[k, 0])
         assert_discounted(batch, k, data.rewards[i:], data.masks[i:])
-        assert data.ends[i + H - 1] == data.ends[i]
         assert_same(batch.actions[k], data.actions[i : i + H].ravel())
         if batch.discounts[k]:
             assert batch.next_observations[k] == i + H
@@ -259,9 +257,8 @@ def test_hindsight_equals_a_brute_force_loop():
 
 # ---- training
 @pytest.mark.slow
-@pytest.mark.slow
 @pytest.mark.parametrize("learner", qgf.LEARNERS)
-def test_training_is_single_updates_however_they_are_grouped(learner):
+def test_training_is_single_updates(learner):
     fresh, other = (init_state(learner, (S, G, A), replace(CFG, seed=i)) for i in (0, 1))
     assert_same(fresh.params, fresh.average)
     assert (jax.tree.leaves(fresh.params)[-1] != jax.tree.leaves(other.params)[-1]).all()
@@ -346,7 +343,7 @@ def test_the_gradients_point_the_right_way(toy):
         for name in ("bptt", "qgf", "qfql"):
             assert agrees[name, i] > 0.5 and helps[name, i] > 0.75, (name, i)
         assert i == 9 or shakes["qgf", i] < shakes["qgf-jacobian", i]  # the paper's Figure 3
-    assert agrees["qgf-jacobian", 0] < agrees["qgf", 0]  # from pure noise the Jacobian says nothing
+    assert agrees["qgf-jacobian", 0] < agrees["qgf", 0]
     assert agrees["qgf-jacobian", 9] > 0.999  # with one step left, it is BPTT
 
 
@@ -360,7 +357,6 @@ def sampling(B, N=1):
 
 
 def closures(nets, s, g):
-    """What an estimator may ask."""
     flow = jax.jit(lambda a, t: qgf.velocity(nets["policy"], s, a, t, CFG))
     return jax.jit(partial(qgf.q_min, nets["critic"], s, g)), flow
 
@@ -368,7 +364,7 @@ def closures(nets, s, g):
 def test_estimators_equal_finite_differences():
     nets, s, g, a_0 = sampling(6)
     q, flow = closures(nets, s, g)
-    a = 0.5 * a_0[:, 0]  # some clean actions are clipped, most are not
+    a = 0.5 * a_0[:, 0]
     t = np.full((6, 1), 0.4)
 
     def judge(a):
@@ -401,7 +397,7 @@ def test_estimators_equal_finite_differences():
     assert_close(got_end, end(a), atol=1e-4)
 
 
-def test_no_weight_is_bc_exactly_and_another_weight_compiles_nothing():
+def test_no_weight_is_bc_and_another_weight_compiles_nothing():
     nets, *rest = sampling(6)
     bc, _ = qgf.sample_actions(nets, *rest, 1.0, "bc", CFG)
     assert_same(qgf.sample_actions(nets, *rest, 0.0, "qgf", CFG)[0], bc)
@@ -453,16 +449,15 @@ def test_relative_weight_of_a_linear_critic(monkeypatch, method):
         assert push == pytest.approx(0.5, rel=1e-4)
 
 
-def test_relative_weight_is_lambda_over_the_rms_along_the_unguided_flow():
+def test_relative_weight_is_lambda_over_the_rms():
     nets = sampling(1)[0]
     q, flow = closures(nets, BATCH.observations, BATCH.goals)
-    estimate = jax.jit(partial(qgf.qgf, q, flow, T=5))
     a = jax.random.normal(KEY, BATCH.actions.shape)
     squares = []
     for i in range(5):
         t = np.full((32, 1), i / 5)
         v = flow(a, t)
-        squares.append(np.square(estimate(a, t, v)).mean())
+        squares.append(np.square(qgf.qgf(q, flow, a, t, v, 5)).mean())
         a = a + v / 5
     w = qgf.relative_weight(0.1, nets, BATCH, "qgf", CFG)
     assert w == pytest.approx(0.1 / np.sqrt(np.mean(squares)), rel=1e-4)
@@ -473,11 +468,10 @@ def guided(monkeypatch, q, velocity, w, a_0, method, **changes):
     """Where these rows of noise (B, D) go, if the critic is q."""
     monkeypatch.setattr(qgf, "velocity", velocity)
     monkeypatch.setattr(qgf, "q_values", lambda critic, s, g, a: jnp.stack([q(a), q(a) + 1]))
-    nets = dict(policy=None, critic=None)
+    nets = dict(policy=0, critic=0)
     s = jnp.zeros((len(a_0), 0))
     run = jax.jit(qgf.sample_actions.__wrapped__, static_argnames=("method", "cfg"))
-    a, _ = run(nets, s, s, jnp.asarray(a_0)[:, None], w, method, replace(CFG, **changes))
-    return np.asarray(a)
+    return run(nets, s, s, a_0[:, None], w, method, replace(CFG, **changes))[0]
 
 
 @pytest.mark.parametrize("w", [0.3, 1.0, 2.0])
@@ -485,8 +479,8 @@ def test_qgf_is_exact_for_a_linear_critic(monkeypatch, w):
     """N(0, I) tilted by w Q is N(w g, I): each sample moves by w g, so the variance stays."""
     g = np.float32([0.3, -0.2])
     a_0 = np.float32(np.random.default_rng(0).uniform(-0.35, 0.35, (20, 2)))
-    velocity = gaussian_velocity(0, 1)
-    a = guided(monkeypatch, lambda a: a @ g, velocity, w, a_0, "qgf", denoise_steps=2000)
+    flow = gaussian_velocity(0, 1)
+    a = guided(monkeypatch, lambda a: a @ g, flow, w, a_0, "qgf", denoise_steps=2000)
     assert_close(a, a_0 + w * g, atol=2e-3)
 
 
@@ -1056,7 +1050,8 @@ def family(p):
 
 @pytest.mark.slow
 def test_a_run_stopped_in_four_ways_equals_an_uninterrupted_one(home):
-    args = [*SMALL.split(), "--env", "cube-single", "--methods", "qgf@2", "--seed", 1, "--out"]
+    args = [*SMALL.split(), "--critic-updates", 4000, "--eval-every", 2000]  # seconds each
+    args += ["--env", "cube-single", "--methods", "qgf@2", "--seed", 1, "--out"]
     whole = start(home, *args, "whole")
     stops = [("playing bc", 0), ("playing qgf", signal.SIGINT)]
     stops += [("critic:  50%", signal.SIGTERM), ("critic:  50%", signal.SIGKILL)]
@@ -1080,7 +1075,7 @@ def test_a_run_stopped_in_four_ways_equals_an_uninterrupted_one(home):
             time.sleep(0.1)
     faults = dict(MUJOCO_GL="nonsense", JAX_ENABLE_X64="1", TMPDIR=f"/tmp/{'x' * 99}")
     finish(start(home, *args, "stopped", **faults))
-    assert "cube-single after 600 updates" in finish(whole)
+    assert "cube-single after 4000 updates" in finish(whole)
     for folder in ("cube-single-play-v0-policy-s1", "cube-single-s1"):
         assert files_of(home / "whole" / folder) == files_of(home / "stopped" / folder)
 

@@ -17,7 +17,7 @@ GOALS = 5  # an episode's number modulo 5 is its goal
 
 
 def read(folder):
-    """{(environment, method, λ, w): {seed: successes (n,)}}, after each run's most updates."""
+    """{(environment, updates, method, λ, w): {seed: successes (n,)}}, of a run's most updates."""
     found = {}
     for path in sorted(Path(folder).glob("**/episodes.csv")):
         with open(path) as file:
@@ -25,7 +25,7 @@ def read(folder):
         most = max(int(row["updates"]) for row in rows)
         for row in rows:
             if int(row["updates"]) == most:
-                key = row["env"], row["method"], float(row["guidance"]), float(row["weight"])
+                key = row["env"], most, row["method"], float(row["guidance"]), float(row["weight"])
                 runs = found.setdefault(key, {})
                 runs.setdefault(row["seed"], []).append(float(row["success"]))
     return found
@@ -50,14 +50,16 @@ def main(folder):
     found = read(folder)
     if not found:
         sys.exit(f"{folder} holds no results: a run has an episodes.csv once it was evaluated")
-    print(f"{'environment':20}{'method':14}{'strength':10}{'seeds':>5}{'n':>6}  success")
-    for (env, method, guidance, weight), by_seed in found.items():
+    print(
+        f"{'environment':20}{'updates':>8}  {'method':14}{'strength':9}{'seeds':>6}{'n':>6} success"
+    )
+    for (env, updates, method, guidance, weight), by_seed in found.items():
         strength = f"w {weight:g}" if weight else f"λ {guidance:g}" if guidance else ""
         runs = [np.array(x) for x in by_seed.values()]
         n = sum(map(len, runs))
         mean, low, high = interval(runs)
-        line = f"{env:20}{method:14}{strength:10}{len(runs):5}{n:6}"
-        print(f"{line}  {mean:.2f} [{low:.2f}, {high:.2f}]")
+        line = f"{env:20}{updates:8}  {method:14}{strength:9}{len(runs):6}{n:6}"
+        print(f"{line} {mean:.2f} [{low:.2f}, {high:.2f}]")
 
 
 if __name__ == "__main__":

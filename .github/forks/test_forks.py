@@ -5,7 +5,6 @@ import importlib
 import re
 import subprocess
 import tempfile
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -15,26 +14,26 @@ import pytest
 import qgf
 
 PLACES = dict(midpoint=2, placebo=2, loss=2, transformer=4, edp=99, dqc=99)  # at most
-B, S, G, A, H, N = 4, 3, 2, 2, 3, 90
-CACHE = tempfile.TemporaryDirectory()  # most of what the forks compile is the same
+B, S, G, A, H, N = 16, 3, 2, 2, 3, 90
+CACHE = tempfile.TemporaryDirectory()  # forks compile much alike
 jax.config.update("jax_compilation_cache_dir", CACHE.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
 KEY = jax.random.PRNGKey(0)
+close = np.testing.assert_array_almost_equal  # to 6 decimals
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PLACES)
 def test_fork(name, tmp_path, monkeypatch):
-    """Three updates of small networks."""
+    """Small networks."""
     diff = Path(__file__).with_name(f"{name}.diff")
     marks = "".join(line[:1] for line in diff.read_text().splitlines()[2:])
     assert len(re.findall("[+-]+", marks)) <= PLACES[name]
     (tmp_path / "qgf.py").write_text(Path(qgf.__file__).read_text())
     subprocess.run(["git", "apply", diff], cwd=tmp_path, check=True)
-    (tmp_path / "qgf.py").rename(tmp_path / f"fork_{name}.py")
     monkeypatch.syspath_prepend(tmp_path)
-    fork = importlib.import_module(f"fork_{name}")
+    (tmp_path / "qgf.py").rename(tmp_path / f"{name}.py")
+    fork = importlib.import_module(name)
 
     small = dict(batch_size=B, policy_width=8, critic_width=8, depth=1, horizon=H, denoise_steps=4)
     cfg, states = fork.Config(**small), {}
@@ -47,7 +46,7 @@ def test_fork(name, tmp_path, monkeypatch):
     for learner in fork.LEARNERS:
         state = init(learner, (S, G, A), cfg)
         states[learner], log = fork.train(learner, state, data, 3, cfg)
-        assert all(np.isfinite(x).all() and x.shape == (3,) for x in log.values())
+        assert all(np.isfinite(x).all() for x in log.values())
     params, average, *_ = states["critic"]
     nets = states["policy"].average | average
     batch = jax.device_get(jax.jit(fork.sample_batch, static_argnums=2)(KEY, data, cfg))
@@ -68,7 +67,7 @@ def test_fork(name, tmp_path, monkeypatch):
         assert (log["conservative_loss"] != 0).all()
     if name == "transformer":
         velocity = jax.jit(fork.velocity, static_argnums=4)
-        for order in (0, 1):  # 0: without positions, the order of actions means nothing
+        for order in (0, 1):  # 0: the order of actions means nothing
             net = nets["policy"] | dict(position=order * nets["policy"]["position"])
             chunks = a.reshape(B, H, A), a.reshape(B, H, A)[:, ::-1]
             v, w = (velocity(net, s, x.reshape(B, -1), half, cfg).reshape(B, H, A) for x in chunks)
@@ -76,7 +75,7 @@ def test_fork(name, tmp_path, monkeypatch):
     if name == "edp":
         state = qgf.init_state("critic", (S, G, A), cfg)
         plain = qgf.train("critic", state, data, 3, cfg)[0].params
-        jax.tree.map(close, plain, {net: params[net] for net in plain})  # they learn as without edp
+        jax.tree.map(close, plain, {net: params[net] for net in plain})  # as without edp
 
         @jax.jit
         def losses():
@@ -86,12 +85,12 @@ def test_fork(name, tmp_path, monkeypatch):
             a_t = a_0 + t * (a - a_0)
             v = fork.velocity(params["edp"], np.hstack([s, g]), a_t, t, cfg)
             q = fork.q_values(average["critic"], s, g, (a_t + (1 - t) * v).clip(-1, 1))
-            plain = 100 * ((v - a + a_0) ** 2).mean() - q.min(axis=0).mean()
-            return plain, fork.critic_loss(params, average, batch, KEY, cfg)[1]["edp_loss"]
+            loss = 100 * ((v - a + a_0) ** 2).mean() - q.min(axis=0).mean()
+            return loss, fork.critic_loss(params, average, batch, KEY, cfg)[1]["edp_loss"]
 
-        close(*losses())
+        close(*losses(), 4)
     if name == "dqc":
-        lost = batch.discounts > 0  # of chunks that do not reach their goal
+        lost = batch.discounts > 0
         assert lost.any() and (a == batch.long_actions[:, : H * A]).all() and "long_loss" in log
         close(batch.discounts[lost], 0.99**25)
-        close(batch.returns[lost], -(1 - 0.99**25) / 0.01)
+        close(batch.returns[lost], 100 * 0.99**25 - 100, 4)
