@@ -256,7 +256,7 @@ def critic_loss(params, average, batch, key, cfg):
     y = batch.returns + batch.discounts * value(params["value"], batch.next_observations, g)
     q = q_values(params["critic"], s, g, a)  # (2, B)
     q_loss = jnp.mean((q - jax.lax.stop_gradient(y)) ** 2)
-    q_average = q_min(average["critic"], s, g, a)  # (B,), of which no gradient is taken
+    q_average = q_min(average["critic"], s, g, a)  # (B,); `train` differentiates params alone
     v_loss = expectile_loss(q_average - value(params["value"], s, g), cfg.expectile).mean()
     return q_loss + v_loss, dict(q_loss=q_loss, v_loss=v_loss, q=q_average.mean())
 
@@ -408,7 +408,7 @@ def sample_actions(nets, s, g, a_0, w, method, cfg):
 
 
 def relative_weight(guidance, nets, batch, method, cfg):
-    """w = λ / rms(d), over a batch and all steps of the unguided flow, whose velocity is about 1.
+    """w = λ / rms(d) along the unguided flow, whose velocity has an rms of about 1.
 
     No flow corrects the steps of gradstep: together they get a tenth.
     """
@@ -740,7 +740,7 @@ def fit(learner, updates, folder, files, load_slice, sizes, cfg):
         while step < updates:
             if step == bar.initial or step % SWAP == 0:
                 data = load_slice(files[step // SWAP % len(files)])
-                loader.submit(load_slice, files[(step // SWAP + 1) % len(files)])  # the next one
+                loader.submit(load_slice, files[(step // SWAP + 1) % len(files)])  # meanwhile
             n = min(CALL - step % CALL, updates - step)
             state, log = train(learner, state, data, n, cfg)
             log = {name: float(np.mean(x)) for name, x in log.items()}  # waits for the device
@@ -899,7 +899,7 @@ def main(argv=None):
         if critic.step > updates:
             continue  # trained further already
         nets = (policy.average if cfg.average_policy else policy.params) | critic.average
-        actor = dict(updates=updates, policy_updates=policy.step)
+        actor = dict(updates=updates, policy_updates=int(policy.step))
         actor |= dict(average_policy=cfg.average_policy, fade=cfg.fade)
         rows = evaluate(envs, nets, batch, actor, folder / "episodes.csv", env.sizes, cfg)
         print(f"\n{task.name} after {updates} updates", *table(rows, actor, task), sep="\n")
@@ -914,7 +914,7 @@ if __name__ == "__main__":
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/qgf"))
     jax.config.update("jax_enable_x64", False)
     warnings.filterwarnings("ignore", message=".*DISPLAY|.*precision lowered")
-    os.environ["PYTHONWARNINGS"] = "ignore"
+    os.environ["PYTHONWARNINGS"] = "ignore"  # in processes
     os.environ.pop("MUJOCO_GL", None)  # a wrong one stops MuJoCo
     tempfile.tempdir = "/tmp"  # a socket's name must be short
     tqdm.monitor_interval = 0
