@@ -68,7 +68,7 @@ def option(default, text, low=0, high=1e9):
 
 @dataclass(frozen=True)
 class Config:
-    """The settings of a run, each an option. Frozen, since jit takes it as static."""
+    """The options of a run. Frozen, since jit takes it as static."""
 
     # run
     env: str = option("cube-double", "cube-double: any goal; cube-double-task2: one task")
@@ -197,7 +197,7 @@ class Batch(NamedTuple):
 
 
 def sample_batch(key, data, cfg):
-    """Draw chunks uniformly, with a goal each if there are goals."""
+    """Draw chunks uniformly, and goals if there are any."""
     B, H = cfg.batch_size, cfg.horizon
     key_first, key_goal = jax.random.split(key)
     first = data.starts[jax.random.randint(key_first, (B,), 0, len(data.starts))]  # (B,) of rows
@@ -635,7 +635,7 @@ def rollout(envs, nets, w, method, sizes, cfg):
             results[playing[k]] = info["episode"][k]
             playing[k] = playing.max() + 1
             bar.update()
-        ended &= playing < cfg.episodes  # the others idle: nothing is left to play
+        ended &= playing < cfg.episodes  # the others idle
         if ended.any():
             seeds = (FIRST_SEED + playing).tolist()
             obs, _ = envs.reset(seed=seeds, options=dict(reset_mask=ended))
@@ -675,7 +675,7 @@ def atomic_write(path, mode="w"):
 
 
 def read_csv(path):
-    """The rows as dicts of text; none if there is no file."""
+    """The rows as dicts of text; none without a file."""
     text = path.read_text() if path.exists() else ""
     return list(csv.DictReader(text.splitlines()))
 
@@ -814,8 +814,12 @@ def table(rows, actor, task):
 # ---- 10 main
 SMALL = dict(policy_width=256, depth=3, expectile=0.9, collect=200_000)
 SMALL |= dict(policy_updates=10_000, critic_updates=10_000, guidance=(0.3,))
-FAMILY = {"cube-single": SMALL, "scene": dict(sparse=True)}  # instead of Config's
-FAMILY["puzzle-3x3"] = FAMILY["scene"]
+FAMILY = {  # instead of Config's
+    "cube-single": SMALL,
+    "cube-double": dict(guidance=(2.0,)),
+    "scene": dict(sparse=True),
+    "puzzle-3x3": dict(sparse=True),
+}
 
 
 def parse(argv):
