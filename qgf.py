@@ -84,7 +84,7 @@ class Config:
     eval_every: int = option(0, "evaluate after every N of the critic; 0: at the end")
     # training
     policy_updates: int = option(50_000, "updates of the policy", low=1)
-    critic_updates: int = option(250_000, "updates of the critic", low=1)
+    critic_updates: int = option(200_000, "updates of the critic", low=1)
     policy_width: int = option(512, "units of its hidden layers", low=1)
     critic_width: int = option(256, "the same for critic and value", low=1)
     depth: int = option(4, "hidden layers", low=1)

@@ -1024,6 +1024,7 @@ def start(home, *args, flags=(), **env):
     command = [sys.executable, *flags, qgf.__file__, *map(str, args)]
     env = os.environ | dict(HOME=str(home)) | env
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="latin-1")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job of the background ignores it
     return subprocess.Popen(command, env=env, cwd=home, start_new_session=True, **pipes)
 
 

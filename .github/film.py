@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Film an episode that QGF solved and behaviour cloning did not, from the same start.
 
-    MUJOCO_GL=egl python .github/film.py film.webp --env cube-double
+    MUJOCO_GL=egl python .github/film.py .github/cube.webp --env cube-double
 
-The options are those of the run, which must have ended. If there is such an episode, it is one of
-the goals 2 to 5, for which more than one object must move.
+The options are those of the run, which must have ended. Episodes of the goals 2 to 5 come first,
+since more than one cube must move for them.
 """
 
 import sys
