@@ -7,7 +7,6 @@ A line is the mean over the seeds of training; a band reaches from the worst see
 Rows that were played after one number of updates only are left out.
 """
 
-import csv
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -15,6 +14,9 @@ from pathlib import Path
 import numpy as np
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+import qgf  # noqa: E402
+
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 300, 210, 40, 40, 30  # of a panel and its edges, in pixels
 COLOURS = ("#0969da", "#cf222e", "#1a7f37", "#9a6700", "#8250df")
 STYLE = """text { font: 12px sans-serif; fill: #59636e }
@@ -27,45 +29,51 @@ STYLE = """text { font: 12px sans-serif; fill: #59636e }
 
 def read(folder):
     """All rows of a folder's files episodes.csv."""
-    rows = []
-    for path in sorted(Path(folder).glob("**/episodes.csv")):
-        with open(path) as file:
-            rows += csv.DictReader(file)
+    rows = [
+        row for path in sorted(Path(folder).glob("**/episodes.csv")) for row in qgf.read_csv(path)
+    ]
     if not rows:
         sys.exit(f"{folder} holds no episodes.csv")
     return rows
 
 
-def lines(rows, name, x):
-    """{name(row): {x(row): success of each seed (seeds,)}}, with x in order."""
+def lines(rows):
+    """{method and λ: {updates: success of each seed (seeds,)}}, of more than one point."""
     found = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for row in rows:
-        found[name(row)][x(row)][row["seed"]].append(float(row["success"]))
+        strength = float(row["guidance"])
+        label = f"{row['method']}, λ {strength:g}" if strength else row["method"]
+        found[label][int(row["updates"])][row["seed"]].append(float(row["success"]))
     return {
         label: {
-            k: np.array([np.mean(v) for v in seeds.values()]) for k, seeds in sorted(by_x.items())
+            x: np.array([np.mean(successes) for successes in seeds.values()])
+            for x, seeds in sorted(by_updates.items())
         }
-        for label, by_x in found.items()
+        for label, by_updates in found.items()
+        if len(by_updates) > 1
     }
 
 
-def panel(title, series, ticks, place, x_label):
-    """A chart of `lines`, as SVG: ticks are {x: text}, place maps x to 0..1."""
+def panel(title, series):
+    """A chart of `lines`, as SVG."""
+    updates = sorted({x for points in series.values() for x in points})
     parts = [f'<text class="title" x="{LEFT}" y="16">{title}</text>']
     bottom = TOP + HEIGHT
 
     def pixel(x, success):
-        return f"{LEFT + WIDTH * place(x):.1f},{bottom - HEIGHT * success:.1f}"
+        return f"{LEFT + WIDTH * x / updates[-1]:.1f},{bottom - HEIGHT * success:.1f}"
 
     for success in (0, 0.25, 0.5, 0.75, 1):
         y = bottom - HEIGHT * success
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{LEFT + WIDTH}" y1="{y}" y2="{y}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y + 4}" text-anchor="end">{success:g}</text>')
-    for x, text in ticks.items():
-        at = LEFT + WIDTH * place(x)
+    for x in updates:
+        at = LEFT + WIDTH * x / updates[-1]
+        text = f"{x // 1000}k"
         parts.append(f'<text x="{at:.1f}" y="{bottom + 16}" text-anchor="middle">{text}</text>')
-    middle = LEFT + WIDTH / 2
-    parts.append(f'<text x="{middle}" y="{bottom + 33}" text-anchor="middle">{x_label}</text>')
+    at = LEFT + WIDTH / 2
+    text = "updates of the critic"
+    parts.append(f'<text x="{at}" y="{bottom + 33}" text-anchor="middle">{text}</text>')
     for points, colour in zip(series.values(), COLOURS, strict=False):
         mean = " ".join(pixel(x, y.mean()) for x, y in points.items())
         upper = [pixel(x, y.max()) for x, y in points.items()]
@@ -89,32 +97,15 @@ def legend(labels, x):
     return "\n".join(parts)
 
 
-def label(row):
-    """A row's method, with its strength if it has one."""
-    if float(row["weight"]):
-        return f"{row['method']}, w {float(row['weight']):g}"
-    if float(row["guidance"]):
-        return f"{row['method']}, λ {float(row['guidance']):g}"
-    return row["method"]
-
-
-def learning(rows):
-    """Success over the critic's updates -> SVG, width."""
-    series = lines(rows, label, lambda row: int(row["updates"]))
-    series = {name: points for name, points in series.items() if len(points) > 1}
-    last = max(int(row["updates"]) for row in rows)
-    ticks = {x: f"{x // 1000}k" for x in sorted({int(row["updates"]) for row in rows})}
+def main(folder):
+    rows = read(folder)
+    series = lines(rows)
     seeds = len({row["seed"] for row in rows})
     title = f"any goal of {rows[0]['env']}, {seeds} seed{'s' * (seeds > 1)}"
-    chart = panel(title, series, ticks, lambda x: x / last, "updates of the critic")
-    return chart + legend(series, LEFT + WIDTH + 16), LEFT + WIDTH + 150
-
-
-def main(folder):
-    body, width = learning(read(folder))
+    body = panel(title, series) + legend(series, LEFT + WIDTH + 16)
     path = HERE / f"{Path(folder).name}.svg"
-    height = TOP + HEIGHT + BOTTOM
-    svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}">'
+    size = f"{LEFT + WIDTH + 150} {TOP + HEIGHT + BOTTOM}"
+    svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}">'
     path.write_text(f"{svg}<style>{STYLE}</style>\n{body}</svg>\n")
     print(f"saved {path}")
 

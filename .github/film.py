@@ -36,13 +36,13 @@ def load_run(cfg, task, env):
     return nets, [row for row in rows if row["updates"] == str(state.step)]
 
 
-def choose(rows):
+def choose(rows, guidance):
     """-> number of an episode that QGF solved and BC did not, and QGF's w; goals 2 to 5 first."""
     bc = {row["episode"]: row for row in rows if row["method"] == "bc"}
     good = [
         (int(row["episode"]), float(row["w"]))
         for row in rows
-        if row["method"] == "qgf" and row["success"] == "1.0"
+        if (row["method"], row["guidance"], row["success"]) == ("qgf", str(guidance), "1.0")
         if bc[row["episode"]]["success"] == "0.0"
     ]
     if not good:
@@ -81,7 +81,7 @@ def main(path, *options):
     task = qgf.find_task(cfg.env)
     env = qgf.Chunks(task, cfg.horizon, width=SIZE, height=SIZE)
     nets, rows = load_run(cfg, task, env)
-    episode, w = choose(rows)
+    episode, w = choose(rows, cfg.guidance[0])
     clips = [play(env, nets, method, w, episode, cfg) for method in ("bc", "qgf")]
     images = []
     for i in range(max(len(frames) for frames, _ in clips) + 15):  # the last frame stays a while
