@@ -83,7 +83,7 @@ class Config:
     episodes: int = option(50, "episodes in a row of the table", low=1)
     eval_every: int = option(0, "evaluate after every N of the critic; 0: at the end")
     # training
-    policy_updates: int = option(50_000, "updates of the policy", low=1)
+    policy_updates: int = option(150_000, "updates of the policy", low=1)
     critic_updates: int = option(200_000, "updates of the critic", low=1)
     policy_width: int = option(512, "units of its hidden layers", low=1)
     critic_width: int = option(256, "the same for critic and value", low=1)
@@ -141,9 +141,9 @@ def q_values(critic, s, g, a):
 
 
 def q_min(critic, s, g, a):
-    """min_k Q_k(s, g, a) -> (B,). Not by jnp.min: its gradient compares floats, and can be NaN."""
+    """min_k Q_k(s, g, a) -> (B,)."""
     q_1, q_2 = q_values(critic, s, g, a)
-    return jnp.where(q_1 < q_2, q_1, q_2)
+    return jnp.minimum(q_1, q_2)
 
 
 def value(layers, s, g):
@@ -293,15 +293,13 @@ def init_state(learner, sizes, cfg):
 @partial(jax.jit, static_argnames=("learner", "n", "cfg"), donate_argnames="state")
 def train(learner, state, data, n, cfg):
     """n updates in one compiled scan -> State, logs (n,). The State that goes in is used up."""
-    _, loss = LEARNERS[learner]
+    differentiate = jax.grad(LEARNERS[learner][1], has_aux=True)
     adam = optax.adam(cfg.lr)
 
     def update(state, _):
         key_batch, key_loss = jax.random.split(jax.random.fold_in(state.key, state.step))
         batch = sample_batch(key_batch, data, cfg)
-        gradient, log = jax.grad(loss, has_aux=True)(
-            state.params, state.average, batch, key_loss, cfg
-        )
+        gradient, log = differentiate(state.params, state.average, batch, key_loss, cfg)
         change, opt = adam.update(gradient, state.opt)
         params = optax.apply_updates(state.params, change)
         # The averages take in the old parameters, as in the official code.
@@ -401,8 +399,6 @@ def sample_actions(nets, s, g, a_0, w, method, cfg):
     if method == "gradstep":
         a, squares = jax.lax.scan(ascend, a, length=ASCENTS)
     rms = jnp.sqrt(squares.mean())
-    if N == 1:
-        return a, rms
     best = q(a).reshape(B, N).argmax(axis=1)  # (B*N,) -> (B, N) -> (B,)
     return a.reshape(B, N, D)[jnp.arange(B), best], rms
 
@@ -816,7 +812,7 @@ SMALL = dict(policy_width=256, depth=3, expectile=0.9, collect=200_000)
 SMALL |= dict(policy_updates=10_000, critic_updates=10_000, guidance=(0.3,))
 FAMILY = {  # instead of Config's
     "cube-single": SMALL,
-    "cube-double": dict(guidance=(2.0,)),
+    "cube-double": dict(guidance=(3.0,)),
     "scene": dict(sparse=True),
     "puzzle-3x3": dict(sparse=True),
 }

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: MIT
 # Train and evaluate QGF on a list of tasks, one after the other, and print a table of all results.
 #
-#   ./run_all.sh                                          any goal of cube-single, scene, puzzle-3x3, cube-double
+#   ./run_all.sh                                          any goal of four families, three seeds (on two cores, an estimated ten hours)
 #   ./run_all.sh "cube-single scene-task1" "0 1"          these tasks and seeds; further options go to qgf.py
 #   DATA=/big ./run_all.sh paper "0 1 2"                  the paper's 20 tasks, on /big/scene-play-100m-v0 and so on
 #   DATA=/big ./run_all.sh --dry-run paper | parallel     only print the commands; GNU parallel runs them
@@ -16,7 +16,7 @@ if [ "$1" = --help ] || [ "$1" = -h ]; then sed -n '3,12s/^# \{0,1\}//p' "$0" &&
 if [ "$1" = --dry-run ]; then dry=1 && shift; fi
 paper=(--policy-updates 500000 --critic-updates 500000 --batch-size 1024 --policy-width 1024 --critic-width 1024 --lr 3e-4 --discount 0.999 --expectile 0.9 --no-sparse)
 case ${1:-} in
-  "") envs="cube-single scene puzzle-3x3 cube-double" && options=() ;;
+  "") envs="cube-single cube-double scene puzzle-3x3" && options=() && seeds="0 1 2" ;;
   paper) envs=$(printf '%s\n' {cube-triple,cube-quadruple,puzzle-4x4,scene}-task{1..5}) && options=("${paper[@]}") ;;
   *) envs=$1 && options=() ;;
 esac
@@ -33,7 +33,7 @@ for env in $envs; do
     [ ${#files[@]} -eq 1 ] || fail "DATA: ${#files[@]} match $base$kind-*, not 1: ${files[*]}"
     data=(--data "${files[0]}")
   fi
-  for seed in ${2:-0}; do
+  for seed in ${2:-${seeds:-0}}; do
     if [ -n "$SLURM_ARRAY_TASK_ID" ] && [ "$SLURM_ARRAY_TASK_ID" != "$((number++))" ]; then continue; fi
     run=("$python" "$here/qgf.py" --env "$env" --seed "$seed" --out "$out" "${data[@]}" "${more[@]}") && ran=1
     if [ -n "$dry" ]; then printf '%q ' "${run[@]}" && echo && continue; fi

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Draw the learning curves of a folder of results: success over the updates of the critic.
 
-    python .github/curve.py .github/results/cube-double      saves .github/cube-double.svg
+    python .github/curve.py .github/results/cube-double-policy-50k
+
+saves .github/cube-double-policy-50k.svg.
 
 A line is the mean over the seeds of training; a band reaches from the worst seed to the best.
 Rows that were played after one number of updates only are left out.

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""run_all.sh, and the commands of the pages."""
+"""run_all.sh, and the commands and numbers of the pages."""
 
 import os
+import re
+import runpy
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import qgf
@@ -59,6 +62,8 @@ def test_run_all_lists_the_papers_runs():
     one = run_all("--dry-run", "paper", "0", SLURM_ARRAY_TASK_ID="19").stdout.splitlines()
     assert one == lines[19:] and "--env scene-task5" in one[0]
     assert "./run_all.sh" in run_all("--help").stdout
+    everything = run_all("--dry-run").stdout.splitlines()  # four families, three seeds
+    assert len(everything) == 12 and "--env scene --seed 2" in everything[8]
 
 
 def test_run_all_ends_its_run_when_it_is_ended(tmp_path):
@@ -82,3 +87,27 @@ def test_every_command_of_the_pages_is_understood():
     for command in commands:
         if "qgf-midpoint" not in command:  # a fork's
             qgf.find_task(qgf.parse(command).env)
+
+
+def test_every_result_of_the_pages_follows_from_its_episodes():
+    """Tables of the results page from episodes.csv; README's intervals from the results page."""
+    page = (HERE / ".github/results/README.md").read_text()
+    table = runpy.run_path(str(HERE / ".github/table.py"))
+    checked = 0
+    for section in page.split("\n## ")[1:]:
+        found = table["read"](HERE / ".github/results" / section.partition(":")[0])
+        rows = {}
+        for (_, _, method, guidance, _), by_seed in found.items():
+            runs = [np.array(x) for x in by_seed.values()]
+            mean, low, high = table["interval"](runs)
+            strength = f"λ {guidance:g}" if guidance else ""
+            rate = f"{mean:.2f} [{low:.2f}, {high:.2f}]"
+            rows[method, strength] = str(sum(map(len, runs))), rate
+        for line in re.findall(r"^\| `(.*) \|$", section, re.MULTILINE):
+            method, strength, n, success = (x.strip(" `") for x in line.split("|"))
+            assert rows[method, strength][0] == n
+            assert rows[method, strength][1].startswith(success), (section[:40], line)
+            checked += 1
+    assert checked >= 14
+    for result in re.findall(r"0\.\d\d \[.*?\](?= *\|)", (HERE / "README.md").read_text()):
+        assert result in page
