@@ -16,16 +16,22 @@ import numpy as np
 GOALS = 5  # an episode's number modulo 5 is its goal
 
 
+def variant(row):
+    """What was not as usual: the policy without average, the push without fading."""
+    return (row["average_policy"] != "True") * " raw" + (row["fade"] != "True") * " no-fade"
+
+
 def read(folder):
     """{(environment, updates, method, λ, w): {seed: successes (n,)}}, of a run's most updates."""
     found = {}
     for path in sorted(Path(folder).glob("**/episodes.csv")):
         with open(path) as file:
             rows = list(csv.DictReader(file))
-        most = max(int(row["updates"]) for row in rows)
+        most = max((int(row["updates"]), int(row["policy_updates"])) for row in rows)
         for row in rows:
-            if int(row["updates"]) == most:
-                key = row["env"], most, row["method"], float(row["guidance"]), float(row["weight"])
+            if (int(row["updates"]), int(row["policy_updates"])) == most:
+                method = row["method"] + variant(row)
+                key = row["env"], most[0], method, float(row["guidance"]), float(row["weight"])
                 runs = found.setdefault(key, {})
                 runs.setdefault(row["seed"], []).append(float(row["success"]))
     return found
@@ -51,14 +57,14 @@ def main(folder):
     if not found:
         sys.exit(f"{folder} holds no results: a run has an episodes.csv once it was evaluated")
     print(
-        f"{'environment':20}{'updates':>8}  {'method':14}{'strength':9}{'seeds':>6}{'n':>6} success"
+        f"{'environment':20}{'updates':>8}  {'method':22}{'strength':9}{'seeds':>6}{'n':>6} success"
     )
     for (env, updates, method, guidance, weight), by_seed in found.items():
         strength = f"w {weight:g}" if weight else f"λ {guidance:g}" if guidance else ""
         runs = [np.array(x) for x in by_seed.values()]
         n = sum(map(len, runs))
         mean, low, high = interval(runs)
-        line = f"{env:20}{updates:8}  {method:14}{strength:9}{len(runs):6}{n:6}"
+        line = f"{env:20}{updates:8}  {method:22}{strength:9}{len(runs):6}{n:6}"
         print(f"{line} {mean:.2f} [{low:.2f}, {high:.2f}]")
 
 

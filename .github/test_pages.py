@@ -95,7 +95,7 @@ def test_every_result_of_the_pages_follows_from_its_episodes():
     table = runpy.run_path(str(HERE / ".github/table.py"))
     checked = 0
     for section in page.split("\n## ")[1:]:
-        found = table["read"](HERE / ".github/results" / section.partition(":")[0])
+        found = table["read"](HERE / ".github/results" / section.splitlines()[0].partition(":")[0])
         rows = {}
         for (_, _, method, guidance, _), by_seed in found.items():
             runs = [np.array(x) for x in by_seed.values()]
