@@ -141,9 +141,9 @@ def q_values(critic, s, g, a):
 
 
 def q_min(critic, s, g, a):
-    """min_k Q_k(s, g, a) -> (B,)."""
+    """min_k Q_k(s, g, a) -> (B,). Not by jnp.min: its gradient compares floats, and can be NaN."""
     q_1, q_2 = q_values(critic, s, g, a)
-    return jnp.minimum(q_1, q_2)
+    return jnp.where(q_1 < q_2, q_1, q_2)
 
 
 def value(layers, s, g):

@@ -18,7 +18,12 @@ GOALS = 5  # an episode's number modulo 5 is its goal
 
 def variant(row):
     """What was not as usual: the policy without average, the push without fading."""
-    return (row["average_policy"] != "True") * " raw" + (row["fade"] != "True") * " no-fade"
+    words = ""
+    if row["average_policy"] != "True":
+        words += " raw"
+    if row["fade"] != "True":
+        words += " no-fade"
+    return words
 
 
 def read(folder):

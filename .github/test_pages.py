@@ -105,8 +105,8 @@ def test_every_result_of_the_pages_follows_from_its_episodes():
             rows[method, strength] = str(sum(map(len, runs))), rate
         for line in re.findall(r"^\| `(.*) \|$", section, re.MULTILINE):
             method, strength, n, success = (x.strip(" `") for x in line.split("|"))
-            assert rows[method, strength][0] == n
-            assert rows[method, strength][1].startswith(success), (section[:40], line)
+            count, rate = rows[method, strength]
+            assert n == count and success in (rate, rate.split()[0]), (section[:40], line)
             checked += 1
     assert checked >= 14
     for result in re.findall(r"0\.\d\d \[.*?\](?= *\|)", (HERE / "README.md").read_text()):
