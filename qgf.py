@@ -814,7 +814,7 @@ FAMILY = {  # instead of Config's
     "cube-single": SMALL,
     "cube-double": dict(guidance=(3.0,)),
     "scene": dict(sparse=True),
-    "puzzle-3x3": dict(sparse=True),
+    "puzzle-3x3": dict(sparse=True, policy_updates=50_000, critic_updates=100_000),
 }
 
 

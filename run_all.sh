@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: MIT
 # Train and evaluate QGF on a list of tasks, one after the other, and print a table of all results.
 #
-#   ./run_all.sh                                          any goal of four families, three seeds (on two cores, an estimated ten hours)
+#   ./run_all.sh                                          any goal of four families, three seeds (on two cores, an estimated eight hours)
 #   ./run_all.sh "cube-single scene-task1" "0 1"          these tasks and seeds; further options go to qgf.py
 #   DATA=/big ./run_all.sh paper "0 1 2"                  the paper's 20 tasks, on /big/scene-play-100m-v0 and so on
 #   DATA=/big ./run_all.sh --dry-run paper | parallel     only print the commands; GNU parallel runs them

@@ -108,13 +108,17 @@ def layers(params):
     return out
 
 
-def main(clone):
-    """From a clone to golden.npz."""
-    jax.config.update("jax_platforms", "cpu")
+def use(clone):
+    """Let the official modules be imported, without those that agents/__init__.py imports."""
     sys.path.insert(0, clone)
     sys.modules["agents"] = types.ModuleType("agents")
     sys.modules["agents"].__path__ = [f"{clone}/agents"]
 
+
+def main(clone):
+    """From a clone to golden.npz."""
+    jax.config.update("jax_platforms", "cpu")
+    use(clone)
     golden = {}
 
     def add_layers(name, params):

@@ -111,3 +111,38 @@ def test_every_result_of_the_pages_follows_from_its_episodes():
     assert checked >= 14
     for result in re.findall(r"0\.\d\d \[.*?\](?= *\|)", (HERE / "README.md").read_text()):
         assert result in page
+
+
+def test_single_tasks_follow_from_their_episodes():
+    results = HERE / ".github/results"
+    page = (results / "README.md").read_text().partition("## cube-single-tasks")[2]
+    tables = re.findall(r"^\| (\d) \| (.*) \|$", page, re.MULTILINE)
+    assert [k for k, _ in tables] == ["1", "2", "3", "4", "5"]
+    for k, cells in tables:
+        rates = []
+        for method in ("qgf", "bc@32"):
+            for path, step in (
+                (f"cube-single-tasks/task{k}", 1),
+                ("cube-single-20k/s0", qgf.GOALS),
+            ):
+                rows = qgf.read_csv(results / path / "episodes.csv")
+                rows = [
+                    x for x in rows if x["method"] == method and x["guidance"] in ("0.0", "0.3")
+                ]
+                rates.append(
+                    np.mean([float(x["success"]) for x in rows[(int(k) - 1) % step :: step]])
+                )
+        assert cells.split(" | ") == [f"{x:.2f}" for x in rates]
+
+
+def test_the_pictures_follow_from_the_episodes(tmp_path):
+    page = (HERE / ".github/results/README.md").read_text()
+    commands = re.findall(r"^python .github/curves.py (.*)$", page, re.MULTILINE)
+    assert len(commands) == 2
+    curves = runpy.run_path(str(HERE / ".github/curves.py"))
+    curves["main"].__globals__["HERE"] = tmp_path
+    for command in commands:
+        kind, *folders = command.split()
+        curves["main"](kind, *(HERE / folder for folder in folders))
+        drawn = (tmp_path / f"{kind}.svg").read_text()
+        assert drawn == (HERE / f".github/{kind}.svg").read_text()

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: MIT
+"""Draw success over the updates of the critic, or over the strength of guidance.
+
+    python .github/curves.py updates .github/results/cube-double/s1 .github/results/puzzle-3x3
+    python .github/curves.py strength .github/results/selection
+
+save .github/updates.svg and .github/strength.svg, with a panel for each environment in the
+folders. A line is the mean over the seeds of training; a band reaches from the worst seed to the
+best. A dashed line marks the default λ.
+"""
+
+import math
+import sys
+from collections import defaultdict
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+import qgf  # noqa: E402
+
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 220, 190, 40, 40, 30  # of a panel and its edges, in pixels
+COLOURS = ("#0969da", "#cf222e", "#1a7f37", "#9a6700", "#8250df")
+STYLE = """text { font: 12px sans-serif; fill: #59636e }
+.title { font-weight: bold }
+.grid { stroke: #8c959f; stroke-opacity: .3 }
+.band { stroke: none; fill-opacity: .15 }
+.line { fill: none; stroke-width: 2 }
+.default { fill: none; stroke: #8c959f; stroke-dasharray: 4 4 }
+@media (prefers-color-scheme: dark) { text { fill: #b0b8c2 } }"""
+
+
+def read(folders):
+    """{environment: rows of all files episodes.csv in the folders}."""
+    found = defaultdict(list)
+    for folder in folders:
+        for path in sorted(Path(folder).glob("**/episodes.csv")):
+            for row in qgf.read_csv(path):
+                found[row["env"]].append(row)
+    if not found:
+        sys.exit(f"no episodes.csv in {' '.join(map(str, folders))}")
+    return found
+
+
+def lines(rows, label, x):
+    """{label(row): {x(row): success of each seed (seeds,)}}, of more than one x, in order."""
+    found = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    for row in rows:
+        found[label(row)][x(row)][row["seed"]].append(float(row["success"]))
+    return {
+        name: {
+            at: np.array([np.mean(successes) for successes in seeds.values()])
+            for at, seeds in sorted(by_x.items())
+        }
+        for name, by_x in sorted(found.items())
+        if len(by_x) > 1
+    }
+
+
+def default_strength(rows):
+    """The λ that a run of this environment takes by itself."""
+    return qgf.parse(["--env", rows[0]["env"]]).guidance[0]
+
+
+def by_updates(rows):
+    """Lines over the critic's updates: methods at the default λ, played more than once."""
+    rows = [row for row in rows if float(row["guidance"]) in (0, default_strength(rows))]
+    return lines(rows, lambda row: row["method"], lambda row: int(row["updates"]))
+
+
+def by_strength(rows):
+    """Lines over λ of qgf after the most updates, with and without fading."""
+    most = max(int(row["updates"]) for row in rows)
+    rows = [row for row in rows if row["method"] == "qgf" and int(row["updates"]) == most]
+
+    def label(row):
+        return "qgf" if row["fade"] == "True" else "qgf --no-fade"
+
+    return lines(rows, label, lambda row: float(row["guidance"]))
+
+
+def linear(x, high):
+    """Where x is in 0 to high, from 0 to 1."""
+    return x / high
+
+
+def logarithmic(x, low, high):
+    """Where x is in low to high, from 0 to 1."""
+    return math.log(x / low) / math.log(high / low)
+
+
+def panel(title, series, colours, place, text, default=None):
+    """A chart of `lines`, as SVG: place maps x to 0..1, text labels it."""
+    bottom = TOP + HEIGHT
+
+    def pixel(x, success):
+        return f"{LEFT + WIDTH * place(x):.1f},{bottom - HEIGHT * success:.1f}"
+
+    parts = [f'<text class="title" x="{LEFT}" y="16">{title}</text>']
+    for success in (0, 0.25, 0.5, 0.75, 1):
+        y = bottom - HEIGHT * success
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{LEFT + WIDTH}" y1="{y}" y2="{y}"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y + 4}" text-anchor="end">{success:g}</text>')
+    for x in sorted({x for points in series.values() for x in points}):
+        at = LEFT + WIDTH * place(x)
+        parts.append(f'<text x="{at:.1f}" y="{bottom + 16}" text-anchor="middle">{text(x)}</text>')
+    if default is not None:
+        at = LEFT + WIDTH * place(default)
+        parts.append(f'<path class="default" d="M{at:.1f} {TOP}v{HEIGHT}"/>')
+    for name, points in series.items():
+        colour = colours[name]
+        upper = [pixel(x, y.max()) for x, y in points.items()]
+        lower = [pixel(x, y.min()) for x, y in points.items()]
+        mean = [pixel(x, y.mean()) for x, y in points.items()]
+        band = " ".join(upper + lower[::-1])
+        parts.append(f'<polygon class="band" fill="{colour}" points="{band}"/>')
+        parts.append(f'<polyline class="line" stroke="{colour}" points="{" ".join(mean)}"/>')
+        for point in mean:
+            x, y = point.split(",")
+            parts.append(f'<circle fill="{colour}" cx="{x}" cy="{y}" r="3"/>')
+    return "\n".join(parts)
+
+
+def legend(colours, x):
+    """A coloured line for each name."""
+    parts = []
+    for k, (name, colour) in enumerate(colours.items()):
+        y = TOP + 10 + 20 * k
+        parts.append(f'<path class="line" stroke="{colour}" d="M{x} {y}h18"/>')
+        parts.append(f'<text x="{x + 24}" y="{y + 4}">{name}</text>')
+    return "\n".join(parts)
+
+
+def main(kind, *folders):
+    results = read(folders)
+    find = by_updates if kind == "updates" else by_strength
+    charts = {env: find(rows) for env, rows in results.items()}
+    names = dict.fromkeys(name for series in charts.values() for name in series)
+    colours = dict(zip(names, COLOURS, strict=False))
+    x_label = "updates of the critic" if kind == "updates" else "λ"
+    body = ""
+    for k, (env, series) in enumerate(charts.items()):
+        rows = results[env]
+        seeds = len({row["seed"] for row in rows})
+        title = f"any goal of {env}, {seeds} seed{'s' * (seeds > 1)}"
+        xs = [x for points in series.values() for x in points]
+        low, high = min(xs), max(xs)
+        if kind == "updates":
+            place = partial(linear, high=high)
+            chart = panel(title, series, colours, place, lambda x: f"{x // 1000}k")
+        else:
+            place = partial(logarithmic, low=low, high=high)
+            default = default_strength(rows)
+            chart = panel(title, series, colours, place, lambda x: f"{x:g}", default)
+        middle = LEFT + WIDTH / 2
+        y = TOP + HEIGHT + 33
+        chart += f'\n<text x="{middle}" y="{y}" text-anchor="middle">{x_label}</text>'
+        body += f'<g transform="translate({k * (LEFT + WIDTH + 20)},0)">{chart}</g>\n'
+    width = len(charts) * (LEFT + WIDTH + 20)
+    path = HERE / f"{kind}.svg"
+    size = f"{width + 130} {TOP + HEIGHT + BOTTOM}"
+    svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}">'
+    path.write_text(f"{svg}<style>{STYLE}</style>\n{body}{legend(colours, width)}</svg>\n")
+    print(f"saved {path}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 3 or sys.argv[1] not in ("updates", "strength"):
+        sys.exit(__doc__)
+    main(*sys.argv[1:])
