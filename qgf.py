@@ -808,10 +808,16 @@ def table(rows, actor, task):
 
 
 # ---- 10 main
-SMALL = dict(policy_width=256, depth=3, expectile=0.9, collect=200_000)
-SMALL |= dict(policy_updates=10_000, critic_updates=10_000, guidance=(0.3,))
 FAMILY = {  # instead of Config's
-    "cube-single": SMALL,
+    "cube-single": dict(
+        policy_updates=10_000,
+        critic_updates=10_000,
+        policy_width=256,
+        depth=3,
+        expectile=0.9,
+        collect=200_000,
+        guidance=(0.3,),
+    ),
     "cube-double": dict(guidance=(3.0,)),
     "scene": dict(sparse=True),
     "puzzle-3x3": dict(sparse=True, policy_updates=50_000, critic_updates=100_000),
@@ -862,7 +868,7 @@ def parse(argv):
 
 
 def main(argv=None):
-    """From the command line to the table, for new, stopped and finished runs."""
+    """From the command line to the table."""
     cfg = parse(argv)
     task = find_task(cfg.env)
     out = Path(cfg.out).expanduser()

@@ -13,6 +13,7 @@ else should run meanwhile.
 import importlib
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import agree
@@ -85,7 +86,7 @@ def ours(arrays, width):
         for learner in states:
             for _ in range(n // qgf.CALL):
                 states[learner], log = qgf.train(learner, states[learner], data, qgf.CALL, cfg)
-                np.asarray(log["q" if learner == "critic" else "policy_loss"])
+                jax.device_get(log)
 
     def act(method, n):
         nets = states["policy"].params | states["critic"].average
@@ -127,12 +128,7 @@ def main(clone):
         compare(f"updates, {width} units", their_update, update, n)
         if width == 512:
             for method in ("qgf", "qgf-jacobian"):
-                compare(
-                    f"actions, {method}",
-                    lambda n, method=method: their_act(method, n),
-                    lambda n, method=method: act(method, n),
-                    20,
-                )
+                compare(f"actions, {method}", partial(their_act, method), partial(act, method), 20)
 
 
 if __name__ == "__main__":

@@ -113,26 +113,37 @@ def test_every_result_of_the_pages_follows_from_its_episodes():
         assert result in page
 
 
+def successes(path, method, strength):
+    """Of a method after the most updates, in the order of episodes: (n,)."""
+    rows = qgf.read_csv(HERE / ".github/results" / path / "episodes.csv")
+    most = max(int(row["updates"]) for row in rows)
+    key = dict(updates=most, method=method, guidance=0.0 if "bc" in method else strength)
+    return np.array([float(row["success"]) for row in rows if qgf.matches(row, key)])
+
+
 def test_single_tasks_follow_from_their_episodes():
-    results = HERE / ".github/results"
-    page = (results / "README.md").read_text().partition("## cube-single-tasks")[2]
-    tables = re.findall(r"^\| (\d) \| (.*) \|$", page, re.MULTILINE)
-    assert [k for k, _ in tables] == ["1", "2", "3", "4", "5"]
-    for k, cells in tables:
-        rates = []
+    page = (HERE / ".github/results/README.md").read_text().partition("## cube-single-tasks")[2]
+    tables = re.findall(r"^\| (\d|mean) \| (.*) \|$", page, re.MULTILINE)
+    rates = []
+    for k in range(5):
+        rates.append([])
         for method in ("qgf", "bc@32"):
-            for path, step in (
-                (f"cube-single-tasks/task{k}", 1),
-                ("cube-single-20k/s0", qgf.GOALS),
-            ):
-                rows = qgf.read_csv(results / path / "episodes.csv")
-                rows = [
-                    x for x in rows if x["method"] == method and x["guidance"] in ("0.0", "0.3")
-                ]
-                rates.append(
-                    np.mean([float(x["success"]) for x in rows[(int(k) - 1) % step :: step]])
-                )
-        assert cells.split(" | ") == [f"{x:.2f}" for x in rates]
+            own = successes(f"cube-single-tasks/task{k + 1}", method, 0.3)
+            any_goal = successes("cube-single-20k/s0", method, 0.3)[k :: qgf.GOALS]
+            rates[k] += [own.mean(), any_goal.mean()]
+    rates = dict(zip("12345", rates, strict=True), mean=np.mean(rates, axis=0))
+    assert tables == [(k, " | ".join(f"{x:.2f}" for x in row)) for k, row in rates.items()]
+
+
+def test_paired_gains_follow_from_their_episodes():
+    page = (HERE / ".github/results/README.md").read_text().partition("Paired by episode")[2]
+    gains = re.findall(r"(0\.\d\d ± 0\.\d\d) over\s`(.*?)`", page)
+    assert len(gains) == 5
+    seeds = ("cube-double/s0", "cube-double/s1")
+    base = np.concatenate([successes(seed, "qgf", 3.0) for seed in seeds])
+    for text, method in gains:
+        gain = base - np.concatenate([successes(seed, method, 3.0) for seed in seeds])
+        assert text == f"{gain.mean():.2f} ± {1.96 * gain.std() / len(gain) ** 0.5:.2f}"
 
 
 def test_the_pictures_follow_from_the_episodes(tmp_path):
