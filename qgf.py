@@ -475,7 +475,7 @@ def find_files(task, cfg):
         if not official.exists():
             command = [sys.executable, COLLECT, task.dataset, str(cfg.collect), collected]
             if subprocess.run(command, check=False).returncode:
-                raise UserError(f"no data: try again, put {official} there, or give --data")
+                raise UserError(f"no data: try again, add {official}, or give --data")
     return [official if official.exists() else collected]
 
 
@@ -762,9 +762,10 @@ def evaluate(envs, nets, batch, actor, path, sizes, cfg):
         w = relative_weight(guidance, nets, batch, name, cfg) if guidance else weight
         results = rollout(envs, nets, w, method, sizes, cfg).tolist()
         rows = [row for row in read_csv(path) if not matches(row, key)]
+        row = dict(env=cfg.env, seed=cfg.seed) | key | dict(w=f"{w:.6g}")
         for i, (success, total, length) in enumerate(results):
-            episode = {"w": w, "episode": i, "success": success, "return": total, "length": length}
-            rows.append(dict(env=cfg.env, seed=cfg.seed) | key | episode)
+            episode = {"episode": i, "success": success, "return": total, "length": length}
+            rows.append(row | episode)
         write_csv(path, rows)
     return read_csv(path)
 
@@ -808,7 +809,7 @@ def table(rows, actor, task):
 
 
 # ---- 10 main
-FAMILY = {  # instead of Config's
+FAMILY = {  # by how a name begins
     "cube-single": dict(
         policy_updates=10_000,
         critic_updates=10_000,
@@ -819,8 +820,7 @@ FAMILY = {  # instead of Config's
         guidance=(0.3,),
     ),
     "cube-double": dict(guidance=(3.0,)),
-    "scene": dict(sparse=True),
-    "puzzle-3x3": dict(sparse=True, policy_updates=50_000, critic_updates=100_000),
+    ("scene", "puzzle-3x3"): dict(sparse=True, policy_updates=50_000, critic_updates=100_000),
 }
 
 
@@ -874,7 +874,7 @@ def main(argv=None):
     out = Path(cfg.out).expanduser()
     out.mkdir(parents=True, exist_ok=True)
     if not os.access(out, os.W_OK) or shutil.disk_usage(out).free < 2**28:  # bytes
-        raise UserError(f"{out} is read-only, or has less than 256 MiB: give another --out")
+        raise UserError(f"{out} is read-only, or has under 256 MiB: give another --out")
     shared = out / f"{task.dataset or task.name}-policy-s{cfg.seed}"
     folder = out / f"{task.name}-s{cfg.seed}"
     changed = [f"{k} {x}" for k, x in vars(cfg).items() if x != getattr(Config, k)]

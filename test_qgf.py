@@ -958,9 +958,10 @@ def test_words_of_the_command_line():
     assert parse(line) == qgf.Config(**given)
     assert parse("--weights 0.1") == qgf.Config(weights=(0.1,), guidance=())
     assert parse("--weights 0.1 --guidance 2").guidance == (2.0,)
-    for name, defaults in qgf.FAMILY.items():
-        want = defaults | dict(env=f"{name}-task2", depth=2)
-        assert parse(f"--env {name}-task2 --depth 2") == qgf.Config(**want)
+    for names, defaults in qgf.FAMILY.items():
+        for name in np.ravel(names):
+            want = defaults | dict(env=f"{name}-task2", depth=2)
+            assert parse(f"--env {name}-task2 --depth 2") == qgf.Config(**want)
 
 
 @pytest.mark.parametrize(
