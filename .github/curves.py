@@ -22,6 +22,7 @@ sys.path.insert(0, str(HERE.parent))
 import qgf  # noqa: E402
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 220, 190, 40, 40, 30  # of a panel and its edges, in pixels
+COLUMNS = 2  # panels side by side
 COLOURS = ("#0969da", "#cf222e", "#1a7f37", "#9a6700", "#8250df")
 STYLE = """text { font: 12px sans-serif; fill: #59636e }
 .title { font-weight: bold }
@@ -157,10 +158,12 @@ def main(kind, *folders):
         middle = LEFT + WIDTH / 2
         y = TOP + HEIGHT + 33
         chart += f'\n<text x="{middle}" y="{y}" text-anchor="middle">{x_label}</text>'
-        body += f'<g transform="translate({k * (LEFT + WIDTH + 20)},0)">{chart}</g>\n'
-    width = len(charts) * (LEFT + WIDTH + 20)
+        right, down = k % COLUMNS * (LEFT + WIDTH + 20), k // COLUMNS * (TOP + HEIGHT + BOTTOM)
+        body += f'<g transform="translate({right},{down})">{chart}</g>\n'
+    width = min(len(charts), COLUMNS) * (LEFT + WIDTH + 20)
+    rows = math.ceil(len(charts) / COLUMNS)
     path = HERE / f"{kind}.svg"
-    size = f"{width + 130} {TOP + HEIGHT + BOTTOM}"
+    size = f"{width + 130} {rows * (TOP + HEIGHT + BOTTOM)}"
     svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}">'
     path.write_text(f"{svg}<style>{STYLE}</style>\n{body}{legend(colours, width)}</svg>\n")
     print(f"saved {path}")

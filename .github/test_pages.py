@@ -135,15 +135,37 @@ def test_single_tasks_follow_from_their_episodes():
     assert tables == [(k, " | ".join(f"{x:.2f}" for x in row)) for k, row in rates.items()]
 
 
-def test_paired_gains_follow_from_their_episodes():
-    page = (HERE / ".github/results/README.md").read_text().partition("Paired by episode")[2]
-    gains = re.findall(r"(0\.\d\d ± 0\.\d\d) over\s`(.*?)`", page)
-    assert len(gains) == 5
-    seeds = ("cube-double/s0", "cube-double/s1")
-    base = np.concatenate([successes(seed, "qgf", 3.0) for seed in seeds])
-    for text, method in gains:
-        gain = base - np.concatenate([successes(seed, method, 3.0) for seed in seeds])
+def results_section(folder):
+    page = (HERE / ".github/results/README.md").read_text()
+    return page.partition(f"## {folder}: ")[2].partition("\n## ")[0]
+
+
+@pytest.mark.parametrize(
+    "folder, parts, strength, count",
+    [("cube-double", ("/s0", "/s1", "/s2"), 3.0, 5), ("scene", ("",), 1.0, 2)],
+)
+def test_paired_gains_follow_from_their_episodes(folder, parts, strength, count):
+    found = re.findall(r"(0\.\d\d ± 0\.\d\d) (over|to)\s+`(.*?)`", results_section(folder))
+    assert len(found) == count
+    for text, word, method in found:
+        sign = 1 if word == "over" else -1  # "gains over" or "loses to"
+        runs = [folder + part for part in parts]
+        gains = [
+            sign * (successes(run, "qgf", strength) - successes(run, method, strength))
+            for run in runs
+        ]
+        assert all(x.mean() > 0 for x in gains)  # in each seed, as the page says
+        gain = np.concatenate(gains)
         assert text == f"{gain.mean():.2f} ± {1.96 * gain.std() / len(gain) ** 0.5:.2f}"
+
+
+def test_bullets_on_scene_follow_from_their_episodes():
+    section = results_section("scene")
+    on_goal_3 = re.findall(r"`(.*?)` (?:scores )?(0\.\d\d)", section.partition("Goal 3")[2])[:4]
+    assert [method for method, _ in on_goal_3] == ["bc@4", "qgf", "bc@32", "qgf@4"]
+    for method, rate in on_goal_3:
+        assert rate == f"{successes('scene', method, 1.0)[2 :: qgf.GOALS].mean():.2f}"
+    assert f"{successes('scene-200k', 'qgf', 1.0).mean():.2f} (n = 100, in `scene-200k`)" in section
 
 
 def test_the_pictures_follow_from_the_episodes(tmp_path):
