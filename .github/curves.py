@@ -161,9 +161,9 @@ def main(kind, *folders):
         right, down = k % COLUMNS * (LEFT + WIDTH + 20), k // COLUMNS * (TOP + HEIGHT + BOTTOM)
         body += f'<g transform="translate({right},{down})">{chart}</g>\n'
     width = min(len(charts), COLUMNS) * (LEFT + WIDTH + 20)
-    rows = math.ceil(len(charts) / COLUMNS)
+    height = math.ceil(len(charts) / COLUMNS) * (TOP + HEIGHT + BOTTOM)
     path = HERE / f"{kind}.svg"
-    size = f"{width + 130} {rows * (TOP + HEIGHT + BOTTOM)}"
+    size = f"{width + 130} {height}"
     svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}">'
     path.write_text(f"{svg}<style>{STYLE}</style>\n{body}{legend(colours, width)}</svg>\n")
     print(f"saved {path}")
