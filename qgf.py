@@ -809,7 +809,7 @@ def table(rows, actor, task):
 
 
 # ---- 10 main
-FAMILY = {  # by how a name begins
+FAMILY = {  # defaults by a name's start
     "cube-single": dict(
         policy_updates=10_000,
         critic_updates=10_000,
@@ -874,7 +874,7 @@ def main(argv=None):
     out = Path(cfg.out).expanduser()
     out.mkdir(parents=True, exist_ok=True)
     if not os.access(out, os.W_OK) or shutil.disk_usage(out).free < 2**28:  # bytes
-        raise UserError(f"{out} is read-only, or has under 256 MiB: give another --out")
+        raise UserError(f"{out} is read-only or has under 256 MiB: give another --out")
     shared = out / f"{task.dataset or task.name}-policy-s{cfg.seed}"
     folder = out / f"{task.name}-s{cfg.seed}"
     changed = [f"{k} {x}" for k, x in vars(cfg).items() if x != getattr(Config, k)]

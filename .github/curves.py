@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Draw success over the updates of the critic, or over the strength of guidance.
 
-    python .github/curves.py updates .github/results/cube-double/s1 .github/results/puzzle-3x3
-    python .github/curves.py strength .github/results/selection
+    python .github/curves.py updates FOLDER...
+    python .github/curves.py strength FOLDER...
 
 save .github/updates.svg and .github/strength.svg, with a panel for each environment in the
 folders. A line is the mean over the seeds of training; a band reaches from the worst seed to the

@@ -159,6 +159,12 @@ def test_paired_gains_follow_from_their_episodes(folder, parts, strength, count)
         assert text == f"{gain.mean():.2f} ± {1.96 * gain.std() / len(gain) ** 0.5:.2f}"
 
 
+def test_the_seeds_of_cube_double_follow_from_their_episodes():
+    rates = [successes(f"cube-double/s{k}", "qgf", 3.0).mean() for k in range(3)]
+    text = "{:.2f}, {:.2f} and {:.2f}".format(*rates)
+    assert text in (HERE / "README.md").read_text() and text in results_section("cube-double")
+
+
 def test_bullets_on_scene_follow_from_their_episodes():
     section = results_section("scene")
     on_goal_3 = re.findall(r"`(.*?)` (?:scores )?(0\.\d\d)", section.partition("Goal 3")[2])[:4]
