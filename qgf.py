@@ -32,7 +32,6 @@ import math
 import multiprocessing.forkserver
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -83,13 +82,14 @@ class Config:
     episodes: int = option(50, "episodes in a row of the table", low=1)
     eval_every: int = option(0, "evaluate after every N of the critic; 0: at the end")
     # training
-    policy_updates: int = option(150_000, "updates of the policy", low=1)
-    critic_updates: int = option(200_000, "updates of the critic", low=1)
+    policy_updates: int = option(170_000, "updates of the policy", low=1)
+    critic_updates: int = option(225_000, "updates of the critic", low=1)
     policy_width: int = option(512, "units of its hidden layers", low=1)
     critic_width: int = option(256, "the same for critic and value", low=1)
     depth: int = option(4, "hidden layers", low=1)
     batch_size: int = option(256, "chunks in a batch", low=1)
     lr: float = option(1e-3, "learning rate of Adam", low=1e-9)
+    lr_decay: float = option(0.1, "lr falls to 0 in this last share of updates", high=1)
     # algorithm
     horizon: int = option(5, "H: actions in a chunk", low=1)
     denoise_steps: int = option(10, "T: Euler steps from noise to action", low=1)
@@ -294,13 +294,15 @@ def init_state(learner, sizes, cfg):
 def train(learner, state, data, n, cfg):
     """n updates in one compiled scan -> State, logs (n,). The State that goes in is used up."""
     differentiate = jax.grad(LEARNERS[learner][1], has_aux=True)
-    adam = optax.adam(cfg.lr)
+    updates = getattr(cfg, f"{learner}_updates")
+    fall = int(cfg.lr_decay * updates)
+    rate = optax.linear_schedule(cfg.lr, 0, fall, updates - fall)
 
     def update(state, _):
         key_batch, key_loss = jax.random.split(jax.random.fold_in(state.key, state.step))
         batch = sample_batch(key_batch, data, cfg)
         gradient, log = differentiate(state.params, state.average, batch, key_loss, cfg)
-        change, opt = adam.update(gradient, state.opt)
+        change, opt = optax.adam(rate(state.step)).update(gradient, state.opt)
         params = optax.apply_updates(state.params, change)
         # The averages take in the old parameters, as in the official code.
         average = optax.incremental_update(state.params, state.average, POLYAK)
@@ -417,7 +419,7 @@ def relative_weight(guidance, nets, batch, method, cfg):
 
 # ==== The algorithm ends here.
 # ---- 7 Data
-DATA_DIR = Path(os.path.expanduser("~/.ogbench/data"))
+DATA_DIR = Path.home() / ".ogbench/data"
 COLLECT = Path(__file__).parent / ".github" / "collect.py"
 NAMES = re.compile(  # cube-double-task3 or, in full, cube-double-play-singletask-task3-v0
     "(.*?)(-play|-noisy|-navigate|-stitch|-explore)?(-singletask)?(-task[1-5])?(-v0)?"
@@ -651,9 +653,10 @@ progress = partial(tqdm, miniters=1, mininterval=0.2 if sys.stderr.isatty() else
 # ---- 9 Runs: config.json, checkpoint.npz, metrics.csv and, of a critic, episodes.csv
 CALL = 100  # updates in a call of train
 SWAP = 1000  # updates on a slice of the data
+BOTH = "seed depth batch_size lr lr_decay horizon"
 SETTINGS = dict(  # of a learner; a run that resumes must have the same
-    policy="seed depth batch_size lr horizon policy_width denoise_steps",
-    critic="seed depth batch_size lr horizon critic_width discount expectile sparse",
+    policy=f"{BOTH} policy_updates policy_width denoise_steps",
+    critic=f"{BOTH} critic_updates critic_width discount expectile sparse",
 )
 
 
@@ -721,12 +724,10 @@ def load(folder, state, settings):
 def fit(learner, updates, folder, files, load_slice, sizes, cfg):
     """Train a learner, from its checkpoint, to this number of updates -> State."""
     settings = {name: getattr(cfg, name) for name in SETTINGS[learner].split()}
-    settings |= dict(data=files[0].name)
+    settings["data"] = files[0].name
     state = load(folder, init_state(learner, sizes, cfg), settings)
     step = int(state.step)
     metrics = [row for row in read_csv(folder / "metrics.csv") if int(row["updates"]) <= step]
-    if step > getattr(cfg, f"{learner}_updates"):
-        raise UserError(f"{folder} has {step} updates: ask for as many, or give another --out")
     if step >= updates:
         return state
 
@@ -820,7 +821,7 @@ FAMILY = {  # defaults by a name's start
         guidance=(0.3,),
     ),
     "cube-double": dict(guidance=(3.0,)),
-    ("scene", "puzzle-3x3"): dict(sparse=True, policy_updates=50_000, critic_updates=100_000),
+    ("scene", "puzzle-3x3"): dict(sparse=True, policy_updates=60_000, critic_updates=120_000),
 }
 
 
@@ -873,8 +874,8 @@ def main(argv=None):
     task = find_task(cfg.env)
     out = Path(cfg.out).expanduser()
     out.mkdir(parents=True, exist_ok=True)
-    if not os.access(out, os.W_OK) or shutil.disk_usage(out).free < 2**28:  # bytes
-        raise UserError(f"{out} is read-only or has under 256 MiB: give another --out")
+    if not os.access(out, os.W_OK):
+        raise UserError(f"{out} is read-only: give another --out")
     shared = out / f"{task.dataset or task.name}-policy-s{cfg.seed}"
     folder = out / f"{task.name}-s{cfg.seed}"
     changed = [f"{k} {x}" for k, x in vars(cfg).items() if x != getattr(Config, k)]
@@ -895,7 +896,7 @@ def main(argv=None):
     words = f"{len(data.ends):,} rows, {len(np.unique(data.ends)):,} trajectories, {words}"
     print(f"data    {files[0]}, first of {len(files)}: {words}", flush=True)
     batch = sample_batch(jax.random.PRNGKey(0), data, replace(cfg, batch_size=1024))
-    envs = make_envs(task, cfg)  # now, since this file may be edited while it trains
+    envs = make_envs(task, cfg)  # now: this file may be edited while it trains
 
     more = files, load_slice, env.sizes, cfg
     policy = fit("policy", cfg.policy_updates, shared, *more)
@@ -903,7 +904,7 @@ def main(argv=None):
     for updates in [*range(every, cfg.critic_updates, every), cfg.critic_updates]:
         critic = fit("critic", updates, folder, *more)
         if critic.step > updates:
-            continue  # trained further already
+            continue  # trained further
         nets = (policy.average if cfg.average_policy else policy.params) | critic.average
         actor = dict(updates=updates, policy_updates=int(policy.step))
         actor |= dict(average_policy=cfg.average_policy, fade=cfg.fade)
@@ -917,7 +918,7 @@ if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
-    jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/qgf"))
+    jax.config.update("jax_compilation_cache_dir", f"{Path.home()}/.cache/qgf")
     jax.config.update("jax_enable_x64", False)
     warnings.filterwarnings("ignore", message=".*DISPLAY|.*precision lowered")
     os.environ["PYTHONWARNINGS"] = "ignore"  # in processes

@@ -14,7 +14,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 [ -e "$here/qgf.py" ] || here=$SLURM_SUBMIT_DIR # sbatch runs a copy of this script from elsewhere
 if [ "$1" = --help ] || [ "$1" = -h ]; then sed -n '3,12s/^# \{0,1\}//p' "$0" && exit; fi
 if [ "$1" = --dry-run ]; then dry=1 && shift; fi
-paper=(--policy-updates 500000 --critic-updates 500000 --batch-size 1024 --policy-width 1024 --critic-width 1024 --lr 3e-4 --discount 0.999 --expectile 0.9 --no-sparse)
+paper=(--policy-updates 500000 --critic-updates 500000 --batch-size 1024 --policy-width 1024 --critic-width 1024 --lr 3e-4 --lr-decay 0 --discount 0.999 --expectile 0.9 --no-sparse)
 case ${1:-} in
   "") envs="cube-single cube-double scene puzzle-3x3" && options=() && seeds="0 1 2" ;;
   paper) envs=$(printf '%s\n' {cube-triple,cube-quadruple,puzzle-4x4,scene}-task{1..5}) && options=("${paper[@]}") ;;

@@ -514,6 +514,7 @@ def test_without_fade_a_gaussian_goes_where_each_methods_ode_says(monkeypatch, m
 
 SIZES = (4, 0, 2)
 TINY = qgf.Config(policy_width=8, critic_width=8, depth=1, batch_size=8, horizon=3)
+TINY = replace(TINY, policy_updates=1300, critic_updates=1300)
 ENV = SimpleNamespace(sizes=SIZES, low=np.full(2, -1.0), high=np.ones(2), unwrapped=None)
 TASK, GOAL, OWN = map(qgf.find_task, ("cube-single-task1", "cube-single", "Pendulum-v1"))
 COLLECTED = ".ogbench/data/cube-single-play-v0-collected-2000.npz"
@@ -872,14 +873,13 @@ def test_a_run_that_stops_goes_on_bitwise_or_says_what_differs(tmp_path, learner
     other = dict(policy=dict(critic_width=9, episodes=3), critic=dict(policy_width=9, fade=False))
     assert_same(fit(one, 1200, learner, **other[learner]), whole)  # of no concern to this learner
     changes = dict(lr=dict(lr=2e-3), data=dict(files="b"), horizon=dict(horizon=2))
+    changes[f"{learner}_updates 1300"] = {f"{learner}_updates": 1400}  # lr falls at their end
     changes[f"params/{learner}/0/w"] = dict(sizes=(5, 0, 2))
     if learner == "critic":
         changes["discount"] = dict(discount=0.9)
     for name, change in changes.items():
         with pytest.raises(qgf.UserError, match=f"another {name}.*--out"):
             fit(one, 1400, learner, **change)
-    with pytest.raises(qgf.UserError, match="1300 updates"):
-        fit(one, 1000, learner, policy_updates=1000, critic_updates=1000)
     assert files_of(one) == before
     (one / "checkpoint.npz").write_bytes(before["checkpoint.npz"][:999])
     with pytest.raises(qgf.UserError, match=r"checkpoint\.npz is cut off"):
@@ -935,16 +935,19 @@ def test_nan_is_refused_and_the_last_checkpoint_kept(tmp_path, monkeypatch):
     assert files_of(tmp_path) == before
 
 
-def test_a_third_learner_logs_what_it_likes(tmp_path, monkeypatch):
+def test_a_third_learner_logs_and_its_rate_falls(tmp_path, monkeypatch):
     def loss(params, average, batch, key, cfg):
-        return jnp.mean((batch.actions - params) ** 2), dict(mine=batch.actions.mean())
+        return params.sum(), dict(mine=params[0])  # gradient 1: Adam's step is the rate
 
-    monkeypatch.setitem(qgf.LEARNERS, "mean", (lambda key, sizes, cfg: jnp.zeros(6), loss))
-    monkeypatch.setitem(qgf.SETTINGS, "mean", qgf.SETTINGS["policy"])
-    monkeypatch.setattr(qgf.Config, "mean_updates", 100, raising=False)
-    fit(tmp_path, 100, "mean")
-    (row,) = qgf.read_csv(tmp_path / "metrics.csv")
-    assert row.keys() == {"updates", "mine"} and 0 < abs(float(row["mine"])) < 1
+    monkeypatch.setitem(qgf.LEARNERS, "line", (lambda key, sizes, cfg: jnp.zeros(1), loss))
+    monkeypatch.setitem(qgf.SETTINGS, "line", qgf.SETTINGS["policy"])
+    monkeypatch.setattr(qgf.Config, "line_updates", 100, raising=False)
+    for decay, last in (0.25, 1 - np.arange(25) / 25), (0.0, np.ones(25)):
+        state = fit(tmp_path / str(decay), 100, "line", lr_decay=decay)
+        (row,) = qgf.read_csv(tmp_path / str(decay) / "metrics.csv")
+        path = -1e-3 * np.cumsum([0, *np.ones(75), *last])
+        assert row.keys() == {"updates", "mine"}
+        assert_close([float(row["mine"]), state.params[0]], [path[:-1].mean(), path[-1]], rtol=1e-4)
 
 
 # ---- the command line
