@@ -812,8 +812,8 @@ def table(rows, actor, task):
 # ---- 10 main
 FAMILY = {  # defaults by a name's start
     "cube-single": dict(
-        policy_updates=10_000,
-        critic_updates=10_000,
+        policy_updates=20_000,
+        critic_updates=20_000,
         policy_width=256,
         depth=3,
         expectile=0.9,
