@@ -140,7 +140,7 @@ def main(kind, *folders):
     charts = {env: find(rows) for env, rows in results.items()}
     names = dict.fromkeys(name for series in charts.values() for name in series)
     colours = dict(zip(names, COLOURS, strict=False))
-    x_label = "updates of the critic" if kind == "updates" else "λ"
+    x_label = "thousands of updates of the critic" if kind == "updates" else "λ"
     body = ""
     for k, (env, series) in enumerate(charts.items()):
         rows = results[env]
@@ -150,7 +150,7 @@ def main(kind, *folders):
         low, high = min(xs), max(xs)
         if kind == "updates":
             place = partial(linear, high=high)
-            chart = panel(title, series, colours, place, lambda x: f"{x // 1000}k")
+            chart = panel(title, series, colours, place, lambda x: x // 1000)
         else:
             place = partial(logarithmic, low=low, high=high)
             default = default_strength(rows)

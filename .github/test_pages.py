@@ -121,6 +121,18 @@ def successes(path, method, strength):
     return np.array([float(row["success"]) for row in rows if qgf.matches(row, key)])
 
 
+def test_times_to_success_name_what_the_defaults_score():
+    page = (HERE / ".github/results/README.md").read_text()
+    rows = re.findall(r"^\| (\S*) \| (0\.\d\d) .* \| (0\.\d\d) \| \w+ \|$", page, re.MULTILINE)
+    assert len(rows) == 4
+    for env, level, score in rows:
+        folder = HERE / ".github/results" / ("cube-single-quick" if env == "cube-single" else env)
+        strength = qgf.parse(["--env", env]).guidance[0]
+        runs = [path.parent for path in folder.glob("**/episodes.csv")]
+        rate = np.mean([successes(run, "qgf", strength).mean() for run in runs])
+        assert score == f"{rate:.2f}" and level <= score
+
+
 def test_single_tasks_follow_from_their_episodes():
     page = (HERE / ".github/results/README.md").read_text().partition("## cube-single-tasks")[2]
     tables = re.findall(r"^\| (\d|mean) \| (.*) \|$", page, re.MULTILINE)
@@ -129,7 +141,7 @@ def test_single_tasks_follow_from_their_episodes():
         rates.append([])
         for method in ("qgf", "bc@32"):
             own = successes(f"cube-single-tasks/task{k + 1}", method, 0.3)
-            any_goal = successes("cube-single-20k/s0", method, 0.3)[k :: qgf.GOALS]
+            any_goal = successes("cube-single-tasks/any-goal", method, 0.3)[k :: qgf.GOALS]
             rates[k] += [own.mean(), any_goal.mean()]
     rates = dict(zip("12345", rates, strict=True), mean=np.mean(rates, axis=0))
     assert tables == [(k, " | ".join(f"{x:.2f}" for x in row)) for k, row in rates.items()]
@@ -142,7 +154,7 @@ def results_section(folder):
 
 @pytest.mark.parametrize(
     "folder, parts, strength, count",
-    [("cube-double", ("/s0", "/s1", "/s2"), 3.0, 5), ("scene", ("",), 1.0, 2)],
+    [("cube-double", ("/s0", "/s1", "/s2"), 3.0, 6), ("scene", ("",), 1.0, 2)],
 )
 def test_paired_gains_follow_from_their_episodes(folder, parts, strength, count):
     found = re.findall(r"(0\.\d\d ± 0\.\d\d) (over|to)\s+`(.*?)`", results_section(folder))
@@ -155,14 +167,38 @@ def test_paired_gains_follow_from_their_episodes(folder, parts, strength, count)
             for run in runs
         ]
         assert all(x.mean() > 0 for x in gains)  # in each seed, as the page says
-        gain = np.concatenate(gains)
-        assert text == f"{gain.mean():.2f} ± {1.96 * gain.std() / len(gain) ** 0.5:.2f}"
+        assert text == mean_and_interval(np.concatenate(gains))
 
 
-def test_the_seeds_of_cube_double_follow_from_their_episodes():
-    rates = [successes(f"cube-double/s{k}", "qgf", 3.0).mean() for k in range(3)]
-    text = "{:.2f}, {:.2f} and {:.2f}".format(*rates)
-    assert text in (HERE / "README.md").read_text() and text in results_section("cube-double")
+def mean_and_interval(gain):
+    return f"{gain.mean():.2f} ± {1.96 * gain.std() / len(gain) ** 0.5:.2f}"
+
+
+def test_scores_of_the_seeds_follow_from_their_episodes():
+    readme = (HERE / "README.md").read_text()
+    for folder in ("cube-single", "cube-double", "cube-double-constant"):
+        strength = 0.3 if folder == "cube-single" else 3.0
+        rates = [successes(f"{folder}/s{k}", "qgf", strength).mean() for k in range(3)]
+        text = "{:.2f}, {:.2f} and {:.2f}".format(*rates)
+        assert text in results_section(folder)
+        assert text in readme or folder != "cube-double"
+
+
+@pytest.mark.parametrize(
+    "folder, parts, strength, section",
+    [
+        ("cube-double", ("/s0", "/s1", "/s2"), 3.0, "cube-double-constant"),
+        ("scene", ("",), 1.0, "scene"),
+    ],
+)
+def test_gains_of_the_falling_rate_follow_from_their_episodes(folder, parts, strength, section):
+    gains = [
+        successes(folder + part, "qgf", strength)
+        - successes(f"{folder}-constant{part}", "qgf", strength)
+        for part in parts
+    ]
+    gain = mean_and_interval(np.concatenate(gains))
+    assert f"the falling rate gains {gain}" in " ".join(results_section(section).split())
 
 
 def test_bullets_on_scene_follow_from_their_episodes():
@@ -171,7 +207,36 @@ def test_bullets_on_scene_follow_from_their_episodes():
     assert [method for method, _ in on_goal_3] == ["bc@4", "qgf", "bc@32", "qgf@4"]
     for method, rate in on_goal_3:
         assert rate == f"{successes('scene', method, 1.0)[2 :: qgf.GOALS].mean():.2f}"
-    assert f"{successes('scene-200k', 'qgf', 1.0).mean():.2f} (n = 100, in `scene-200k`)" in section
+    constant = successes("scene-constant", "qgf", 1.0).mean()
+    assert f"`qgf` scored {constant:.2f} (n = 100,\n  in `scene-constant`)" in section
+
+
+def test_bullets_on_strength_follow_from_their_episodes():
+    text = " ".join(results_section("selection").split())
+
+    def rates(folder, method="qgf", fade="True"):
+        """{λ: success}."""
+        rows = qgf.read_csv(HERE / ".github/results" / folder / "episodes.csv")
+        found = {}
+        for row in rows:
+            if row["method"] == method and row["fade"] == fade:
+                found.setdefault(float(row["guidance"]), []).append(float(row["success"]))
+        return {strength: np.mean(x) for strength, x in sorted(found.items())}
+
+    def words(numbers):
+        *first, last = (f"{x:.2f}" for x in numbers)
+        return f"{', '.join(first)} and {last}"
+
+    runs = [rates(x) for x in ("selection/cube-double", "selection-seeds/s1", "selection-seeds/s2")]
+    seeds = [np.mean([run[strength] for run in runs]) for strength in (1, 2, 3, 4)]
+    assert f"λ = 1, 2, 3 and 4 score {words(seeds)} over three seeds" in text
+    for env in ("cube-single", "cube-double", "scene", "puzzle-3x3"):
+        best = [max(rates(f"selection/{env}", fade=x).values()) for x in ("False", "True")]
+        assert f"{words(best)} on {env}" in text
+    jacobian = rates("selection/cube-double", "qgf-jacobian").values()
+    uphill = rates("selection/cube-double", "gradstep").values()
+    assert f"scores {words(jacobian)} at λ = 1, 2, 3 and 6" in text
+    assert f"`gradstep` {words(uphill)} at 1 and 2" in text
 
 
 def test_the_pictures_follow_from_the_episodes(tmp_path):
