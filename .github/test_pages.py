@@ -230,6 +230,8 @@ def test_bullets_on_strength_follow_from_their_episodes():
     runs = [rates(x) for x in ("selection/cube-double", "selection-seeds/s1", "selection-seeds/s2")]
     seeds = [np.mean([run[strength] for run in runs]) for strength in (1, 2, 3, 4)]
     assert f"λ = 1, 2, 3 and 4 score {words(seeds)} over three seeds" in text
+    single = rates("selection/cube-single")
+    assert len(single) == 4 and max(single, key=single.get) == 0.3  # as cube-single's section says
     for env in ("cube-single", "cube-double", "scene", "puzzle-3x3"):
         best = [max(rates(f"selection/{env}", fade=x).values()) for x in ("False", "True")]
         assert f"{words(best)} on {env}" in text
