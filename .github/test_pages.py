@@ -134,6 +134,12 @@ def test_times_to_success_name_what_the_defaults_score():
         assert score == f"{rate:.2f}" and level <= score
 
 
+def test_quick_start_printed_its_table():
+    rows = qgf.read_csv(HERE / ".github/results/cube-single-quick/episodes.csv")
+    lines = qgf.table(rows, {}, qgf.find_task("cube-single"))
+    assert "\n".join(lines) in (HERE / "README.md").read_text()
+
+
 def test_single_tasks_follow_from_their_episodes():
     page = (HERE / ".github/results/README.md").read_text().partition("## cube-single-tasks")[2]
     tables = re.findall(r"^\| (\d|mean) \| (.*) \|$", page, re.MULTILINE)
@@ -241,6 +247,21 @@ def test_bullets_on_strength_follow_from_their_episodes():
     uphill = rates("selection/cube-double", "gradstep").values()
     assert f"scores {words(jacobian)} at λ = 1, 2, 3 and 6" in text
     assert f"`gradstep` {words(uphill)} at 1 and 2" in text
+
+
+def test_edp_follows_from_its_episodes():
+    """In the page of forks."""
+    text = " ".join((HERE / ".github/forks/README.md").read_text().split())
+    edp = successes("../forks/edp/cube-single", "edp", 0.0)
+    qgf_ = successes("../forks/edp/cube-single", "qgf", 0.3)
+    assert (
+        f"`edp` scores {edp.mean():.2f}, and `qgf` with the same critic {qgf_.mean():.2f}" in text
+    )
+    assert f"QGF gains {mean_and_interval(qgf_ - edp)}" in text
+    alphas = 10, 30, 100, 300
+    other = [successes(f"../forks/edp/other-episodes/alpha-{x}", "edp", 0.0) for x in alphas]
+    assert "score {:.2f}, {:.2f}, {:.2f} and {:.2f}".format(*(x.mean() for x in other)) in text
+    assert max(other, key=np.mean) is other[1]
 
 
 def test_the_pictures_follow_from_the_episodes(tmp_path):
