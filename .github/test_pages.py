@@ -218,6 +218,8 @@ def test_sizes_follow_from_their_episodes():
     for units, folder in folders.items():
         rates = [successes(folder, m, 3.0).mean() for m in ("bc", "bc@4", "bc@32", "qgf")]
         assert "| {} | {:.2f} | {:.2f} | {:.2f} | {:.2f} |".format(units, *rates) in page
+    small = successes("cube-double-sizes/64-units", "qgf", 3.0).mean()
+    assert f"With 64 units, seed 0 scores {small:.2f}." in (HERE / "README.md").read_text()
 
 
 def test_bullets_on_scene_follow_from_their_episodes():
@@ -261,6 +263,24 @@ def test_bullets_on_strength_follow_from_their_episodes():
     assert f"`gradstep` {words(uphill)} at 1 and 2" in text
 
 
+def test_the_placebos_follow_from_their_episodes():
+    """In the page of forks."""
+    text = " ".join((HERE / ".github/forks/README.md").read_text().split())
+    folders = ("cube-single/s0", "cube-double/s0", "scene/s0", "puzzle-3x3")
+    strengths = (0.3, 3.0, 1.0, 1.0)
+
+    def rates(method):
+        runs = zip(folders, strengths, strict=True)
+        return [successes(folder, method, strength).mean() for folder, strength in runs]
+
+    a, b, c, d = rates("placebo")
+    words = f"the placebo scores {a:.2f} on cube-single, {b:.2f} on cube-double, {c:.2f} on scene"
+    assert f"{words} and {d:.2f} on puzzle-3x3" in text
+    for method in ("qgf", "bc"):
+        assert "{:.2f}, {:.2f}, {:.2f} and {:.2f}".format(*rates(method)) in text
+    assert f"but on scene {c:.2f} ([placebo]" in (HERE / "README.md").read_text()
+
+
 def test_edp_follows_from_its_episodes():
     """In the page of forks."""
     text = " ".join((HERE / ".github/forks/README.md").read_text().split())
@@ -270,6 +290,7 @@ def test_edp_follows_from_its_episodes():
         f"`edp` scores {edp.mean():.2f}, and `qgf` with the same critic {qgf_.mean():.2f}" in text
     )
     assert f"QGF gains {mean_and_interval(qgf_ - edp)}" in text
+    assert f"scores {edp.mean():.2f} on cube-single" in (HERE / "README.md").read_text()
     alphas = 10, 30, 100, 300
     other = [successes(f"../forks/edp/other-episodes/alpha-{x}", "edp", 0.0) for x in alphas]
     assert "score {:.2f}, {:.2f}, {:.2f} and {:.2f}".format(*(x.mean() for x in other)) in text
