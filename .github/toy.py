@@ -27,17 +27,19 @@ BEST = np.array([0.75, 0.65])  # where the reward is largest
 SIDE, GAP, EDGE = 220, 12, 1.6  # of a panel, in pixels; between panels; its range is -EDGE to EDGE
 STYLE = """text { font: 13px sans-serif; fill: #24292f }
 .frame { fill: none; stroke: #8c959f }
-.data { fill: #8c959f }
+.data, .sample { fill: none; stroke-linecap: round }
+.data { stroke: #8c959f; stroke-width: 2.2 }
 .path { fill: none; stroke: #0969da; stroke-opacity: .35 }
-.sample { fill: #0969da }
-.flow { stroke: #0969da; stroke-width: 1.4; marker-end: url(#flow-head) }
-.push { stroke: #cf222e; stroke-width: 1.4; marker-end: url(#push-head) }
-marker path { fill: none; marker-end: none }
+.sample { stroke: #0969da; stroke-width: 4 }
+.v, .d { fill: none; stroke-width: 1.4 }
+.v { stroke: #0969da }
+.d { stroke: #cf222e }
+.flow { marker-end: url(#v) }
+.push { marker-end: url(#d) }
 @media (prefers-color-scheme: dark) {
 text { fill: #d1d7e0 }
-.path, .flow { stroke: #4493f8 }
-.sample { fill: #4493f8 }
-.push { stroke: #ff6a69 }
+.path, .v, .sample { stroke: #4493f8 }
+.d { stroke: #ff6a69 }
 }"""
 
 
@@ -111,10 +113,9 @@ def place(a):
     return np.round(SIDE / 2 * (1 + np.array([1, -1]) * a / EDGE), 1)
 
 
-def dots(a, name, radius):
-    """A circle for each action (B, 2)."""
-    circles = [f'<circle cx="{x}" cy="{y}" r="{radius}"/>' for x, y in place(a)]
-    return f'<g class="{name}">{"".join(circles)}</g>'
+def dots(a, name):
+    """A dot for each action (B, 2): a line of no length, with round ends."""
+    return f'<path class="{name}" d="{"".join(f"M{x} {y}h0" for x, y in place(a))}"/>'
 
 
 def arrows(a, change, name):
@@ -124,19 +125,19 @@ def arrows(a, change, name):
 
 
 def panel(column, row, title, body):
-    """A frame at this place of the grid, over Q's bands."""
+    """A frame at this place of the grid, over Q's bands and the data."""
     x, y = column * (SIDE + GAP), row * (SIDE + GAP + 20) + 20
     return (
         f'<g transform="translate({x},{y})"><text x="2" y="-6">{title}</text>'
-        f'<g clip-path="url(#clip)"><use href="#q"/>{body}</g>'
+        f'<g clip-path="url(#clip)"><use href="#q"/><use href="#data"/>{body}</g>'
         f'<rect class="frame" width="{SIDE}" height="{SIDE}"/></g>'
     )
 
 
-KEY = """<circle class="data" cx="8" cy="12" r="3"/><text x="26" y="17">an action of the data</text>
-<circle class="sample" cx="8" cy="40" r="3"/><text x="26" y="45">an action of the policy</text>
-<path class="flow" d="M0 68L18 68"/><text x="26" y="73">v, the flow</text>
-<path class="push" d="M0 96L18 96"/><text x="26" y="101">w c(t) d, the push</text>
+KEY = """<path class="data" d="M8 12h0"/><text x="26" y="17">an action of the data</text>
+<path class="sample" d="M8 40h0"/><text x="26" y="45">an action of the policy</text>
+<path class="v flow" d="M0 68L18 68"/><text x="26" y="73">v, the flow</text>
+<path class="d push" d="M0 96L18 96"/><text x="26" y="101">w c(t) d, the push</text>
 <rect y="118" width="18" height="12" fill="#1a7f37" fill-opacity=".43"/>
 <text x="26" y="129">large Q</text>"""
 
@@ -146,7 +147,6 @@ def main():
     states = jnp.zeros((1024, 1))
     batch = qgf.Batch(states, jnp.zeros((1024, 0)), jnp.zeros((1024, 2)), None, None, None)
     a_0 = jax.random.normal(jax.random.PRNGKey(1), (60, 2))
-    data = dots(actions[:150], "data", 1.1)
     panels = []
     for column, strength in enumerate((0, 0.3, 1, 5)):
         w = qgf.relative_weight(strength, nets, batch, "qgf", cfg)
@@ -156,27 +156,28 @@ def main():
             points = " ".join(f"{x},{y}" for x, y in place(path))
             lines += f'<polyline class="path" points="{points}"/>'
         title = f"λ = {strength}" if strength else "λ = 0: behaviour cloning"
-        panels.append(panel(column, 0, title, data + lines + dots(a[-1], "sample", 2)))
+        panels.append(panel(column, 0, title, lines + dots(a[-1], "sample")))
         if strength == 1:
             for k, t in enumerate((0.1, 0.5, 0.9)):
                 i = round(t * cfg.denoise_steps)
                 now = a[i, :24]
-                body = data + arrows(now, v[i, :24] / 4, "flow")
-                body += arrows(now, push[i, :24] / 4, "push")
+                body = arrows(now, v[i, :24] / 4, "v flow")
+                body += arrows(now, push[i, :24] / 4, "d push")
                 panels.append(panel(k, 1, f"λ = 1, where it is at t = {t}", body))
     key_x, key_y = 3 * (SIDE + GAP) + 8, SIDE + GAP + 40
     panels.append(f'<g transform="translate({key_x},{key_y})">{KEY}</g>')
     heads = "".join(
-        f'<marker id="{name}-head" viewBox="-1 -1 8 8" refX="5" refY="3" markerWidth="5" '
+        f'<marker id="{name}" viewBox="-1 -1 8 8" refX="5" refY="3" markerWidth="5" '
         f'markerHeight="5" orient="auto"><path d="M0 0L6 3L0 6" class="{name}"/></marker>'
-        for name in ("flow", "push")
+        for name in ("v", "d")
     )
     clip = f'<clipPath id="clip"><rect width="{SIDE}" height="{SIDE}"/></clipPath>'
     width, height = 4 * SIDE + 3 * GAP, 2 * (SIDE + 20) + GAP
     image = f'<image id="q" width="{SIDE}" height="{SIDE}" href="{contours(nets)}"/>'
+    data = f'<g id="data">{dots(actions[:150], "data")}</g>'
     text = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="-1 0 {width + 2} {height + 1}">'
-        f"<style>{STYLE}</style><defs>{heads}{clip}{image}</defs>{''.join(panels)}</svg>\n"
+        f"<style>{STYLE}</style><defs>{heads}{clip}{image}{data}</defs>{''.join(panels)}</svg>\n"
     )
     (HERE / "toy.svg").write_text(text)
     print(f"saved {HERE / 'toy.svg'}, {len(text) / 1000:.0f} kB")
