@@ -102,7 +102,7 @@ def main(path, *options):
             pair.append(np.array(image))
         images.append(Image.fromarray(np.concatenate(pair, axis=1)))
     images[0].save(
-        path, save_all=True, append_images=images[1:], duration=100, loop=0, quality=50, method=6
+        path, save_all=True, append_images=images[1:], duration=100, loop=0, quality=35, method=6
     )
     print(f"saved {path}: episode {episode}, goal {1 + episode % qgf.GOALS}")
 

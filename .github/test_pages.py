@@ -153,7 +153,7 @@ def test_single_tasks_follow_from_their_episodes():
         rates.append([])
         for method in ("qgf", "bc@32"):
             own = successes(f"cube-single-tasks/task{k + 1}", method, 0.3)
-            any_goal = successes("cube-single-tasks/any-goal", method, 0.3)[k :: qgf.GOALS]
+            any_goal = successes("cube-single/s0", method, 0.3)[k :: qgf.GOALS]
             rates[k] += [own.mean(), any_goal.mean()]
     rates = dict(zip("12345", rates, strict=True), mean=np.mean(rates, axis=0))
     assert tables == [(k, " | ".join(f"{x:.2f}" for x in row)) for k, row in rates.items()]
@@ -166,7 +166,7 @@ def results_section(folder):
 
 @pytest.mark.parametrize(
     "folder, strength, count",
-    [("cube-double", 3.0, 6), ("scene", 1.0, 2)],
+    [("cube-double", 3.0, 6), ("scene", 1.0, 2), ("puzzle-3x3", 1.0, 3)],
 )
 def test_paired_gains_follow_from_their_episodes(folder, strength, count):
     found = re.findall(r"(0\.\d\d ± 0\.\d\d) (over|to)\s+`(.*?)`", results_section(folder))
@@ -188,7 +188,7 @@ def mean_and_interval(gain):
 
 def test_scores_of_the_seeds_follow_from_their_episodes():
     readme = (HERE / "README.md").read_text()
-    for folder in ("cube-single", "cube-double", "cube-double-constant", "scene"):
+    for folder in ("cube-single", "cube-double", "cube-double-constant", "scene", "puzzle-3x3"):
         strength = default_strength(folder)
         rates = [successes(f"{folder}/s{k}", "qgf", strength).mean() for k in range(3)]
         text = "{:.2f}, {:.2f} and {:.2f}".format(*rates)
@@ -213,6 +213,26 @@ def test_gains_of_the_falling_rate_follow_from_their_episodes(folder, parts, str
     assert f"the falling rate gains {gain}" in " ".join(results_section(section).split())
 
 
+def test_the_papers_variant_follows_from_its_episodes():
+    text = " ".join(results_section("cube-double-paper").split())
+    folders = [f"cube-double-paper/s{k}" for k in range(3)]
+    runs = [successes(folder, "qgf", 0.0) for folder in folders]
+    table = runpy.run_path(str(HERE / ".github/table.py"))
+    rate = "{:.2f} [{:.2f}, {:.2f}]".format(*table["interval"](runs))
+    by_seed = "{:.2f}, {:.2f} and {:.2f}".format(*(run.mean() for run in runs))
+    assert f"`qgf` scores {by_seed} with seeds 0, 1 and 2, together {rate}" in text
+    assert f"it scores {rate} with" in " ".join((HERE / "README.md").read_text().split())
+    rows = qgf.read_csv(HERE / ".github/results/selection-paper/episodes.csv")
+    by_weight = {row["weight"]: [] for row in rows}
+    for row in rows:
+        by_weight[row["weight"]].append(float(row["success"]))
+    rates = "{:.2f}, {:.2f}, {:.2f} and {:.2f}".format(*map(np.mean, by_weight.values()))
+    assert [*by_weight] == ["0.5", "1.0", "1.5", "2.5"]
+    assert f"w = 0.5, 1, 1.5 and 2.5 score {rates}" in text
+    same = [successes(f"cube-double-constant/s{k}", "qgf", 3.0) for k in range(3)]
+    assert f"gain {mean_and_interval(np.concatenate(same) - np.concatenate(runs))}" in text
+
+
 def test_sizes_follow_from_their_episodes():
     page = results_section("cube-double-sizes")
     folders = {
@@ -221,8 +241,8 @@ def test_sizes_follow_from_their_episodes():
         "512, 256 (the defaults)": "cube-double/s0",
     }
     for units, folder in folders.items():
-        rates = [successes(folder, m, 3.0).mean() for m in ("bc", "bc@4", "bc@32", "qgf")]
-        assert "| {} | {:.2f} | {:.2f} | {:.2f} | {:.2f} |".format(units, *rates) in page
+        rates = [successes(folder, m, 3.0).mean() for m in ("bc@4", "bc@32", "qgf")]
+        assert "| {} | {:.2f} | {:.2f} | {:.2f} |".format(units, *rates) in page
     small = successes("cube-double-sizes/64-units", "qgf", 3.0).mean()
     assert f"With 64 units, one seed scores {small:.2f}." in (HERE / "README.md").read_text()
 
@@ -234,6 +254,11 @@ def test_bullets_on_scene_follow_from_their_episodes():
     for method, rate in on_goal_3:
         runs = [successes(f"scene/s{k}", method, 1.0) for k in range(3)]
         assert rate == f"{np.mean([run[2 :: qgf.GOALS].mean() for run in runs]):.2f}"
+    own = [successes("scene-task3", method, 1.0).mean() for method in ("qgf", "bc@4")]
+    assert "scores {:.2f} and `bc@4` {:.2f}. With the critic".format(*own) in section
+    goal_3 = [successes("scene/s0", method, 1.0)[2 :: qgf.GOALS] for method in ("qgf", "bc@4")]
+    rates = "{:.2f} and {:.2f}".format(*(x.mean() for x in goal_3))
+    assert f"seed 0 scores {rates} (n = {len(goal_3[0])})" in section
     constant = successes("scene-constant/s0", "qgf", 1.0).mean()
     assert f"`qgf` scored {constant:.2f} (n = 100, in `scene-constant`)" in section
 
@@ -273,7 +298,7 @@ def test_the_placebos_follow_from_their_episodes():
     text = " ".join((HERE / ".github/forks/README.md").read_text().split())
 
     def rates(method):
-        folders = ("cube-single/s0", "cube-double/s0", "scene/s0", "puzzle-3x3")
+        folders = ("cube-single/s0", "cube-double/s0", "scene/s0", "puzzle-3x3/s0")
         return [successes(x, method, default_strength(x)).mean() for x in folders]
 
     a, b, c, d = rates("placebo")
@@ -281,7 +306,11 @@ def test_the_placebos_follow_from_their_episodes():
     assert f"{words} and {d:.2f} on puzzle-3x3" in text
     for method in ("qgf", "bc"):
         assert "{:.2f}, {:.2f}, {:.2f} and {:.2f}".format(*rates(method)) in text
-    assert f"but on scene {c:.2f} ([placebo]" in (HERE / "README.md").read_text()
+    first = [
+        successes("../forks/placebo-reversed", m, 1.0).mean() for m in ("reversed", "reversed-flat")
+    ]
+    assert f"On scene, it scored {first[0]:.2f} (`placebo-reversed`)" in text
+    assert f"With that push left out, it scored {first[1]:.2f}." in text
 
 
 def test_edp_follows_from_its_episodes():

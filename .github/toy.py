@@ -152,7 +152,7 @@ def main():
         w = qgf.relative_weight(strength, nets, batch, "qgf", cfg)
         a, v, push = paths(nets, a_0, w, cfg)
         lines = ""
-        for path in a.transpose(1, 0, 2)[:40]:  # (T+1, B, 2) -> (B, T+1, 2)
+        for path in a[::2].transpose(1, 0, 2)[:40]:  # (T+1, B, 2) -> (B, T/2 + 1, 2)
             points = " ".join(f"{x},{y}" for x, y in place(path))
             lines += f'<polyline class="path" points="{points}"/>'
         title = f"λ = {strength}" if strength else "λ = 0: behaviour cloning"
