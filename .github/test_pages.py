@@ -310,7 +310,10 @@ def test_the_placebos_follow_from_their_episodes():
         successes("../forks/placebo-reversed", m, 1.0).mean() for m in ("reversed", "reversed-flat")
     ]
     assert f"On scene, it scored {first[0]:.2f} (`placebo-reversed`)" in text
-    assert f"With that push left out, it scored {first[1]:.2f}." in text
+    assert (
+        f"With that push left out (`[:, ::-1].at[:, 2::5].set(0)`), it scored {first[1]:.2f}."
+        in text
+    )
 
 
 def test_edp_follows_from_its_episodes():
