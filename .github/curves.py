@@ -5,8 +5,8 @@
     python .github/curves.py strength FOLDER...
 
 save .github/updates.svg and .github/strength.svg, with a panel for each environment in the
-folders. A line is the mean over the seeds of training; a band reaches from the worst seed to the
-best. A dashed line marks the default λ.
+folders, and for each race.csv one over the minutes of training. A line is the mean over the seeds
+of training; a band reaches from the worst seed to the best. A dashed line marks the default λ.
 """
 
 import math
@@ -33,16 +33,20 @@ STYLE = """text { font: 12px sans-serif; fill: #59636e }
 @media (prefers-color-scheme: dark) { text { fill: #b0b8c2 } }"""
 
 
-def read(folders):
-    """{environment: rows of all files episodes.csv in the folders}."""
+def read(folders, name, column):
+    """{what is in the column: rows} of all files of this name in the folders."""
     found = defaultdict(list)
     for folder in folders:
-        for path in sorted(Path(folder).glob("**/episodes.csv")):
+        for path in sorted(Path(folder).glob(f"**/{name}")):
             for row in qgf.read_csv(path):
-                found[row["env"]].append(row)
-    if not found:
-        sys.exit(f"no episodes.csv in {' '.join(map(str, folders))}")
+                found[row[column]].append(row)
     return found
+
+
+def seeds(rows):
+    """In words: of how many seeds the rows are."""
+    n = len({row["seed"] for row in rows})
+    return f"{n} seed{'s' * (n > 1)}"
 
 
 def lines(rows, label, x):
@@ -82,6 +86,18 @@ def by_strength(rows):
     return lines(rows, label, lambda row: float(row["guidance"]))
 
 
+def by_minutes(rows):
+    """Lines of race.csv over the minutes of training, in the mean of the seeds: programs."""
+    found = defaultdict(dict)
+    for program, updates in dict.fromkeys((row["program"], row["updates"]) for row in rows):
+        key = dict(program=program, updates=updates)
+        points = [row for row in rows if qgf.matches(row, key)]
+        minutes = np.mean([float(row["seconds"]) for row in points]) / 60
+        successes = [int(row["solved"]) / int(row["episodes"]) for row in points]
+        found[program][minutes] = np.array(successes)
+    return found
+
+
 def linear(x, high):
     """Where x is in 0 to high, from 0 to 1."""
     return x / high
@@ -92,8 +108,8 @@ def logarithmic(x, low, high):
     return math.log(x / low) / math.log(high / low)
 
 
-def panel(title, series, colours, place, text, default=None):
-    """A chart of `lines`, as SVG: place maps x to 0..1, text labels it."""
+def panel(title, series, colours, x_label, place, text, default=None, ticks=()):
+    """A chart of `lines`, as SVG: place maps x to 0..1, text labels it, at ticks or at each x."""
     bottom = TOP + HEIGHT
 
     def pixel(x, success):
@@ -104,9 +120,11 @@ def panel(title, series, colours, place, text, default=None):
         y = bottom - HEIGHT * success
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{LEFT + WIDTH}" y1="{y}" y2="{y}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y + 4}" text-anchor="end">{success:g}</text>')
-    for x in sorted({x for points in series.values() for x in points}):
+    for x in ticks or sorted({x for points in series.values() for x in points}):
         at = LEFT + WIDTH * place(x)
         parts.append(f'<text x="{at:.1f}" y="{bottom + 16}" text-anchor="middle">{text(x)}</text>')
+    middle = LEFT + WIDTH / 2
+    parts.append(f'<text x="{middle}" y="{bottom + 33}" text-anchor="middle">{x_label}</text>')
     if default is not None:
         at = LEFT + WIDTH * place(default)
         parts.append(f'<path class="default" d="M{at:.1f} {TOP}v{HEIGHT}"/>')
@@ -134,38 +152,52 @@ def legend(colours, x):
     return "\n".join(parts)
 
 
-def main(kind, *folders):
-    results = read(folders)
-    find = by_updates if kind == "updates" else by_strength
-    charts = {env: find(rows) for env, rows in results.items()}
-    names = dict.fromkeys(name for series in charts.values() for name in series)
-    colours = dict(zip(names, COLOURS, strict=False))
-    x_label = "thousands of updates of the critic" if kind == "updates" else "λ"
+def drawing(charts, colours):
+    """Charts side by side, and the legend -> SVG."""
     body = ""
-    for k, (env, series) in enumerate(charts.items()):
-        rows = results[env]
-        seeds = len({row["seed"] for row in rows})
-        title = f"any goal of {env}, {seeds} seed{'s' * (seeds > 1)}"
-        xs = [x for points in series.values() for x in points]
-        low, high = min(xs), max(xs)
-        if kind == "updates":
-            place = partial(linear, high=high)
-            chart = panel(title, series, colours, place, lambda x: x // 1000)
-        else:
-            place = partial(logarithmic, low=low, high=high)
-            default = default_strength(rows)
-            chart = panel(title, series, colours, place, lambda x: f"{x:g}", default)
-        middle = LEFT + WIDTH / 2
-        y = TOP + HEIGHT + 33
-        chart += f'\n<text x="{middle}" y="{y}" text-anchor="middle">{x_label}</text>'
+    for k, chart in enumerate(charts):
         right, down = k % COLUMNS * (LEFT + WIDTH + 20), k // COLUMNS * (TOP + HEIGHT + BOTTOM)
         body += f'<g transform="translate({right},{down})">{chart}</g>\n'
     width = min(len(charts), COLUMNS) * (LEFT + WIDTH + 20)
     height = math.ceil(len(charts) / COLUMNS) * (TOP + HEIGHT + BOTTOM)
+    svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width + 130} {height}">'
+    return f"{svg}<style>{STYLE}</style>\n{body}{legend(colours, width)}</svg>\n"
+
+
+def main(kind, *folders):
+    find = by_updates if kind == "updates" else by_strength
+    results = read(folders, "episodes.csv", "env")
+    races = read(folders, "race.csv", "task")
+    if not results:
+        sys.exit(f"no episodes.csv in {' '.join(folders)}")
+    found = {env: find(rows) for env, rows in results.items()}
+    raced = {task: by_minutes(rows) for task, rows in races.items()}
+    names = dict.fromkeys(name for series in [*found.values(), *raced.values()] for name in series)
+    colours = dict(zip(names, COLOURS, strict=False))
+    charts = []
+    for env, series in found.items():
+        rows = results[env]
+        title = f"any goal of {env}, {seeds(rows)}"
+        xs = [x for points in series.values() for x in points]
+        low, high = min(xs), max(xs)
+        if kind == "updates":
+            x_label = "thousands of updates of the critic"
+            place = partial(linear, high=high)
+            chart = panel(title, series, colours, x_label, place, lambda x: x // 1000)
+        else:
+            place = partial(logarithmic, low=low, high=high)
+            default = default_strength(rows)
+            chart = panel(title, series, colours, "λ", place, lambda x: f"{x:g}", default)
+        charts.append(chart)
+    for task, series in raced.items():
+        high = max(x for points in series.values() for x in points)
+        place = partial(linear, high=high)
+        ticks = range(1, math.floor(high) + 1)
+        title = f"{task}, {seeds(races[task])}"
+        chart = panel(title, series, colours, "minutes of training", place, str, ticks=ticks)
+        charts.append(chart)
     path = HERE / f"{kind}.svg"
-    size = f"{width + 130} {height}"
-    svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}">'
-    path.write_text(f"{svg}<style>{STYLE}</style>\n{body}{legend(colours, width)}</svg>\n")
+    path.write_text(drawing(charts, colours))
     print(f"saved {path}")
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import race
 
 import qgf
 
@@ -89,29 +90,35 @@ def test_every_command_of_the_pages_is_understood():
             qgf.find_task(qgf.parse(command).env)
 
 
-def test_every_result_of_the_pages_follows_from_its_episodes():
-    """Tables of the results page from episodes.csv; README's intervals from the results page."""
-    page = (HERE / ".github/results/README.md").read_text()
+def intervals(folder):
+    """{(method, λ): "mean [low, high]"} of a folder of results."""
     table = runpy.run_path(str(HERE / ".github/table.py"))
-    checked = 0
-    for section in page.split("\n## ")[1:]:
-        found = table["read"](HERE / ".github/results" / section.splitlines()[0].partition(":")[0])
-        rows = {}
-        for (_, _, method, guidance, _), by_seed in found.items():
-            runs = [np.array(x) for x in by_seed.values()]
-            mean, low, high = table["interval"](runs)
-            strength = f"λ {guidance:g}" if guidance else ""
-            rate = f"{mean:.2f} [{low:.2f}, {high:.2f}]"
-            rows[method, strength] = str(sum(map(len, runs))), rate
-        for line in re.findall(r"^\| `(.*) \|$", section, re.MULTILINE):
-            method, strength, n, success = (x.strip(" `") for x in line.split("|"))
-            count, rate = rows[method, strength]
-            assert n == count and success in (rate, rate.split()[0]), (section[:40], line)
-            checked += 1
-    assert checked >= 14
-    intervals = r"0\.\d\d \[.*?\](?= *\|)|(?<!\+)0\.\d\d ± 0\.\d\d"
-    for result in re.findall(intervals, (HERE / "README.md").read_text()):
-        assert result in page
+    found = {}
+    for (_, _, method, guidance, _), by_seed in table["read"](HERE / folder).items():
+        runs = [np.array(x) for x in by_seed.values()]
+        mean, low, high = table["interval"](runs)
+        found[method, guidance] = f"{mean:.2f} [{low:.2f}, {high:.2f}]"
+    return found
+
+
+def test_the_table_of_methods_follows_from_its_episodes():
+    readme = (HERE / "README.md").read_text()
+    _, *families = re.search(r"^\| any goal of \|(.*)\|$", readme, re.MULTILINE)[0].split("|")[1:-1]
+    found = {}
+    for k, family in enumerate(families):
+        env, _, strength = family.strip().partition(", λ ")
+        assert float(strength) == default_strength(env)
+        for (method, guidance), rate in intervals(f".github/results/{env}").items():
+            if guidance in (0, float(strength)):
+                found[method, k] = rate
+    rows = re.findall(r"^\| `(\S*)` \|(.* \[.*)\|$", readme, re.MULTILINE)
+    assert len(rows) == 9
+    for method, cells in rows:
+        for k, cell in enumerate(cells.split("|")):
+            assert cell.strip() == found[method, k], (method, k)
+    single = intervals(".github/results/cube-single")
+    text = " ".join(results_section("cube-single").split())
+    assert f"At λ = 1, `gradstep` scores {single['gradstep', 1.0]}." in text
 
 
 def successes(path, method, strength):
@@ -196,21 +203,15 @@ def test_scores_of_the_seeds_follow_from_their_episodes():
         assert text in readme or folder != "cube-double"
 
 
-@pytest.mark.parametrize(
-    "folder, parts, strength, section",
-    [
-        ("cube-double", ("/s0", "/s1", "/s2"), 3.0, "cube-double-constant"),
-        ("scene", ("/s0",), 1.0, "scene"),
-    ],
-)
-def test_gains_of_the_falling_rate_follow_from_their_episodes(folder, parts, strength, section):
+def test_the_gain_of_the_falling_rate_follows_from_its_episodes():
     gains = [
-        successes(folder + part, "qgf", strength)
-        - successes(f"{folder}-constant{part}", "qgf", strength)
-        for part in parts
+        successes(f"cube-double/s{k}", "qgf", 3.0)
+        - successes(f"cube-double-constant/s{k}", "qgf", 3.0)
+        for k in range(3)
     ]
     gain = mean_and_interval(np.concatenate(gains))
-    assert f"the falling rate gains {gain}" in " ".join(results_section(section).split())
+    text = " ".join(results_section("cube-double-constant").split())
+    assert f"the falling rate gains {gain}" in text
 
 
 def test_the_papers_variant_follows_from_its_episodes():
@@ -259,8 +260,6 @@ def test_bullets_on_scene_follow_from_their_episodes():
     goal_3 = [successes("scene/s0", method, 1.0)[2 :: qgf.GOALS] for method in ("qgf", "bc@4")]
     rates = "{:.2f} and {:.2f}".format(*(x.mean() for x in goal_3))
     assert f"seed 0 scores {rates} (n = {len(goal_3[0])})" in section
-    constant = successes("scene-constant/s0", "qgf", 1.0).mean()
-    assert f"`qgf` scored {constant:.2f} (n = 100, in `scene-constant`)" in section
 
 
 def test_bullets_on_strength_follow_from_their_episodes():
@@ -306,14 +305,6 @@ def test_the_placebos_follow_from_their_episodes():
     assert f"{words} and {d:.2f} on puzzle-3x3" in text
     for method in ("qgf", "bc"):
         assert "{:.2f}, {:.2f}, {:.2f} and {:.2f}".format(*rates(method)) in text
-    first = [
-        successes("../forks/placebo-reversed", m, 1.0).mean() for m in ("reversed", "reversed-flat")
-    ]
-    assert f"On scene, it scored {first[0]:.2f} (`placebo-reversed`)" in text
-    assert (
-        f"With that push left out (`[:, ::-1].at[:, 2::5].set(0)`), it scored {first[1]:.2f}."
-        in text
-    )
 
 
 def test_edp_follows_from_its_episodes():
@@ -337,6 +328,23 @@ def test_edp_follows_from_its_episodes():
     other = [successes(f"../forks/edp/other-episodes/alpha-{x}", "edp", 0.0) for x in alphas]
     assert "score {:.2f}, {:.2f}, {:.2f} and {:.2f}".format(*(x.mean() for x in other)) in text
     assert max(other, key=np.mean) is other[1]
+
+
+def test_the_race_follows_from_its_file():
+    rows = qgf.read_csv(race.FOLDER / "race.csv")
+    *points, mine, official = race.table(rows)
+    section = results_section("race")
+    assert "\n".join([*points, mine, official]) in section
+    minutes = re.findall(r"0.80 after (\d\.\d) minutes", f"{mine} {official}")
+    readme = " ".join((HERE / "README.md").read_text().split())
+    words = "one task: {} minutes, and {} with the official code"
+    assert words.format(*minutes) in readme
+    curves = race.curves.by_minutes(rows).values()
+    early = [next(x for x, y in points.items() if y.mean() >= 0.78) for points in curves]
+    assert "a level of 0.78 is reached after {:.1f} and {:.1f} minutes".format(*early) in section
+    last = {(row["program"], row["seed"]): float(row["seconds"]) for row in rows}
+    slower = sorted(last[race.OFFICIAL, seed] / last[race.OURS, seed] for seed in "012")
+    assert f"{slower[0]:.2f} to {slower[-1]:.2f} times as long" in section
 
 
 def test_the_pictures_follow_from_the_episodes(tmp_path):
