@@ -34,7 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 
 S, A, H, B = 6, 2, 3, 8
-WIDTH, DEPTH = 20, 3
+WIDTH, DEPTH = 14, 3
 SEED = 21  # one whose times include both ends, 0 and 1
 EDP_WEIGHT = 10.0
 ASCENTS = 3  # steps of GradStep
