@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import race
+from scipy.stats import binomtest
 
 import qgf
 
@@ -307,11 +308,21 @@ def test_the_placebos_follow_from_their_episodes():
         assert "{:.2f}, {:.2f}, {:.2f} and {:.2f}".format(*rates(method)) in text
 
 
+def test_scores_of_the_forks_follow_from_their_episodes():
+    page = (HERE / ".github/forks/README.md").read_text()
+    lines = re.findall(r"^\| (\S+) \| `(\S+)` \| (0\..*) \|$", page, re.MULTILINE)
+    assert len(lines) >= 4
+    for diff, method, text in lines:
+        run = successes(f"../forks/scores/{diff.strip('`')}", method, 0.3)
+        low, high = binomtest(int(run.sum()), len(run)).proportion_ci(method="wilson")
+        assert text == f"{run.mean():.2f} [{low:.2f}, {high:.2f}]"
+
+
 def test_edp_follows_from_its_episodes():
     """In the page of forks."""
     text = " ".join((HERE / ".github/forks/README.md").read_text().split())
     edp = successes("../forks/edp/cube-single", "edp", 0.0)
-    qgf_ = successes("../forks/edp/cube-single", "qgf", 0.3)
+    qgf_ = successes("cube-single/s0", "qgf", 0.3)
     assert (
         f"`edp` scores {edp.mean():.2f}, and `qgf` with the same critic {qgf_.mean():.2f}" in text
     )
@@ -339,6 +350,8 @@ def test_the_race_follows_from_its_file():
     readme = " ".join((HERE / "README.md").read_text().split())
     words = "one task: {} minutes, and {} with the official code"
     assert words.format(*minutes) in readme
+    page = (HERE / ".github/results/README.md").read_text()
+    assert "| 0.80 | {}; official code {} |".format(*minutes) in page
     curves = race.curves.by_minutes(rows).values()
     early = [next(x for x, y in points.items() if y.mean() >= 0.78) for points in curves]
     assert "a level of 0.78 is reached after {:.1f} and {:.1f} minutes".format(*early) in section
