@@ -263,6 +263,17 @@ def test_bullets_on_scene_follow_from_their_episodes():
     assert f"seed 0 scores {rates} (n = {len(goal_3[0])})" in section
 
 
+def test_a_task_of_puzzle_follows_from_its_episodes():
+    text = " ".join(results_section("puzzle-3x3").split())
+    own = [successes("puzzle-3x3-task4", method, 1.0).mean() for method in ("qgf", "bc@32")]
+    assert "scores {:.2f} and `bc@32` {:.2f}".format(*own) in text
+    goal_4 = [
+        successes("puzzle-3x3/s0", method, 1.0)[3 :: qgf.GOALS] for method in ("qgf", "bc@32")
+    ]
+    rates = "{:.2f} and {:.2f}".format(*(x.mean() for x in goal_4))
+    assert f"seed 0 scores {rates} (n = {len(goal_4[0])})" in text
+
+
 def test_bullets_on_strength_follow_from_their_episodes():
     text = " ".join(results_section("selection").split())
 
