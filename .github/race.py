@@ -111,7 +111,7 @@ def play(program, nets, w, envs, sizes, cfg, first_seed):
 
 
 def race(clone):
-    """Train, then play -> rows."""
+    """Train both, then play; save the rows."""
     agree.use(clone)
     cfg = qgf.parse(["--env", ENV, "--episodes", str(EPISODES)])
     task = qgf.find_task(ENV)
@@ -141,10 +141,9 @@ def race(clone):
         print(f"{OFFICIAL}, w {w}: {chosen[w]} of {EPISODES} other episodes", flush=True)
     best = max(chosen, key=chosen.get)
     for row, nets in points:
+        w = best
         if row["program"] == OURS:
             w = qgf.relative_weight(cfg.guidance[0], nets, batch, "qgf", cfg)
-        else:
-            w = best
         solved = play(row["program"], nets, w, envs, env.sizes, cfg, qgf.FIRST_SEED)
         rows.append(row | dict(w=f"{w:.4g}", episodes=EPISODES, solved=solved))
         qgf.write_csv(FOLDER / "race.csv", rows)

@@ -117,6 +117,8 @@ def test_the_table_of_methods_follows_from_its_episodes():
     for method, cells in rows:
         for k, cell in enumerate(cells.split("|")):
             assert cell.strip() == found[method, k], (method, k)
+    double = [found[method, 1].split()[0] for method in ("qgf", "bc")]
+    assert "QGF then scores {}, and behaviour cloning {}.".format(*double) in readme
     single = intervals(".github/results/cube-single")
     text = " ".join(results_section("cube-single").split())
     assert f"At λ = 1, `gradstep` scores {single['gradstep', 1.0]}." in text
