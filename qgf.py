@@ -14,55 +14,28 @@ flattened); r_i and s_i are the reward and the state i steps later. a_0 ~ N(0, I
     act    from noise a_0, for t = 0, 1/T, ..., (T-1)/T:
                â_1 = clip(a_t + (1-t) v̄(s, a_t, t), -1, 1)   one-step estimate of the clean action
                d   = ∇_{â_1} min_k Q̄_k(s, g, â_1)            the direction in which Q grows
-               a_t += 1/T (v̄(s, a_t, t) + w c(t) d)          w = 1/β; w = 0 is BC
+               a_t += 1/T (v̄(s, a_t, t) + w d)               w = 1/β; w = 0 is BC
            then execute the H actions of clip(a_1, -1, 1)
-    w      = λ / rms(d), since Q has no scale of its own: Q pushes λ times as hard as the flow
-    c(t)   = (1-t) / ((1-t)² + t²), from 1 to 0: exact if π_BC is N(0, I) and Q is linear
+    w      = λ / rms(d), since Q has no scale of its own: it pushes λ times as hard as the flow
 
     python qgf.py --env cube-double                            train, evaluate; or resume
     python qgf.py --env cube-double --methods qgf@4 bptt       same networks, other methods
 """
 
-import argparse
-import csv
-import difflib
-import itertools
-import json
 import math
-import multiprocessing.forkserver
-import os
-import re
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
-import time
-import warnings
-import zipfile
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
-from functools import lru_cache, partial
-from pathlib import Path
+from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
-import gymnasium
 import jax
 import jax.numpy as jnp
-import numpy as np
-import ogbench
 import optax
-from gymnasium.spaces import Box
-from gymnasium.vector import AsyncVectorEnv
-from scipy.stats import binomtest
-from tqdm import tqdm
 
 
 # ---- 1 Config
-def option(default, text, low=0, high=1e9):
-    """A setting: its default, what --help says of it, and its range."""
-    return field(default=default, metadata=dict(help=text, low=low, high=high))
+def option(default, text, of="", low=0, high=1e9):
+    """A setting: its default, its line in --help, the learners that it changes, and its range."""
+    return field(default=default, metadata=dict(help=text, of=of, low=low, high=high))
 
 
 @dataclass(frozen=True)
@@ -71,33 +44,33 @@ class Config:
 
     # run
     env: str = option("cube-double", "cube-double: any goal; cube-double-task2: one task")
-    seed: int = option(0, "of parameters, batches and noise")
+    seed: int = option(0, "of parameters, batches and noise", of="all")
     out: str = option("runs", "folder of runs")
-    data: str = option("", "your own .npz, or a folder of slices")
+    data: str = option("", "your own .npz, or a folder of slices or of OGBench's sets")
     collect: int = option(1_000_000, "rows to collect if no download works", low=1)
-    # evaluation
+    keep: bool = option(False, "use networks that other code has trained")
+    # playing
     methods: tuple[str, ...] = option(("qgf",), "rows of the table; NAME@4: best of 4 by Q")
-    guidance: tuple[float, ...] = option((1.0,), "λ: how hard Q pushes, relative to the flow")
+    guidance: tuple[float, ...] = option((0.3,), "λ: how hard Q pushes, relative to the flow")
     weights: tuple[float, ...] = option((), "w = 1/β, instead of λ: as in the paper")
     episodes: int = option(50, "episodes in a row of the table", low=1)
-    eval_every: int = option(0, "evaluate after every N of the critic; 0: at the end")
+    first_seed: int = option(2_000_000, "episode i has seed N + i; choose λ on others")
+    eval_every: int = option(0, "a table after every N updates of the critic; 0: at the end")
     # training
-    policy_updates: int = option(170_000, "updates of the policy", low=1)
-    critic_updates: int = option(225_000, "updates of the critic", low=1)
-    policy_width: int = option(512, "units of its hidden layers", low=1)
-    critic_width: int = option(256, "the same for critic and value", low=1)
-    depth: int = option(4, "hidden layers", low=1)
-    batch_size: int = option(256, "chunks in a batch", low=1)
-    lr: float = option(1e-3, "learning rate of Adam", low=1e-9)
-    lr_decay: float = option(0.1, "lr falls to 0 in this last share of updates", high=1)
+    policy_updates: int = option(170_000, "updates of the policy", of="policy", low=1)
+    critic_updates: int = option(225_000, "updates of the critic", of="critic", low=1)
+    policy_width: int = option(512, "units of its hidden layers", of="policy", low=1)
+    critic_width: int = option(256, "the same for critic and value", of="critic", low=1)
+    depth: int = option(4, "hidden layers", of="all", low=1)
+    batch_size: int = option(256, "chunks in a batch", of="all", low=1)
+    lr: float = option(1e-3, "learning rate of Adam", of="all", low=1e-9)
+    lr_decay: float = option(0.1, "lr falls to 0 in this last share of updates", of="all", high=1)
     # algorithm
-    horizon: int = option(5, "H: actions in a chunk", low=1)
-    denoise_steps: int = option(10, "T: Euler steps from noise to action", low=1)
-    discount: float = option(0.99, "γ, per environment step", high=1)
-    expectile: float = option(0.95, "τ: V is from the mean (.5) to the best (1) of Q", high=1)
-    fade: bool = option(True, "the push fades by c(t)")
-    average_policy: bool = option(True, "act by the policy's Polyak average")
-    sparse: bool = option(False, "a task's reward is -1 until it is solved")
+    horizon: int = option(5, "H: actions in a chunk", of="all", low=1)
+    denoise_steps: int = option(10, "T: Euler steps from noise to action", of="policy", low=1)
+    discount: float = option(0.99, "γ, per environment step", of="critic", high=1)
+    expectile: float = option(0.95, "τ: V is the mean (.5) to the best (1) Q", of="critic", high=1)
+    sparse: bool = option(False, "a task's reward is -1 until it is solved", of="critic")
 
 
 # ---- 2 Networks: parameters are plain pytrees, networks are pure functions
@@ -129,7 +102,10 @@ def mlp(layers, x):
 
 
 def velocity(policy, s, a_t, t, cfg):
-    """The flow v(s, a_t, t): s (B, S), a_t (B, H*A), t (B, 1) in [0, 1] -> (B, H*A)."""
+    """The flow v(s, a_t, t): s (B, S), a_t (B, H*A), t (B, 1) in [0, 1] -> (B, H*A).
+
+    It knows the times 0, 1/T, ..., 1 of its training: between them, these angles mean nothing.
+    """
     angles = 10_000 * t * jnp.exp(-math.log(10_000) * jnp.arange(8) / 8)  # (B, 1) * (8,) -> (B, 8)
     return mlp(policy, jnp.concatenate([s, a_t, jnp.cos(angles), jnp.sin(angles)], axis=1))
 
@@ -154,10 +130,9 @@ def value(layers, s, g):
 def init_policy(key, sizes, cfg):
     """dict(policy); sizes are S, G, A. The policy never sees the goal: only Q steers towards it."""
     S, _, A = sizes
-    chunk = cfg.horizon * A
-    inputs = S + chunk + 16  # 8 cosines and 8 sines of t
+    inputs = S + cfg.horizon * A + 16  # 8 cosines and 8 sines of t
     hidden = [cfg.policy_width] * cfg.depth
-    return dict(policy=init_mlp(key, [inputs, *hidden, chunk], actor=True))
+    return dict(policy=init_mlp(key, [inputs, *hidden, cfg.horizon * A], actor=True))
 
 
 def init_critic(key, sizes, cfg):
@@ -182,7 +157,8 @@ class Data(NamedTuple):
     masks: jax.Array  # (N,) 0 where the task is solved, else 1
     goals: jax.Array  # (N, G) the goal that a row has reached; G = 0 if there is one task
     ends: jax.Array  # (N,) the last row of the row's trajectory
-    starts: jax.Array  # (M,) the rows where a whole chunk begins, with the state after it
+    starts: jax.Array  # (N,) the rows where a whole chunk begins, with the state after it
+    chunks: jax.Array  # () how many of `starts` count; the rest of each column is padding
 
 
 class Batch(NamedTuple):
@@ -200,7 +176,7 @@ def sample_batch(key, data, cfg):
     """Draw chunks uniformly, and goals if there are any."""
     B, H = cfg.batch_size, cfg.horizon
     key_first, key_goal = jax.random.split(key)
-    first = data.starts[jax.random.randint(key_first, (B,), 0, len(data.starts))]  # (B,) of rows
+    first = data.starts[jax.random.randint(key_first, (B,), 0, data.chunks)]  # (B,) of rows
     window = first[:, None] + jnp.arange(H)  # (B, 1) + (H,) -> (B, H)
     if data.goals.shape[1] > 0:
         goals, rewards, masks = hindsight(key_goal, data, window)
@@ -228,7 +204,7 @@ def hindsight(key, data, window):
     key_kind, key_later, key_any = jax.random.split(key, 3)
     kind = jax.random.uniform(key_kind, first.shape)
     later = jax.random.randint(key_later, first.shape, first + 1, data.ends[first] + 1)
-    anywhere = jax.random.randint(key_any, first.shape, 0, len(data.goals))
+    anywhere = jax.random.randint(key_any, first.shape, 0, data.ends[-1] + 1)
     goal_row = jnp.where(kind < 0.2, first, jnp.where(kind < 0.7, later, anywhere))
     goals = data.goals[goal_row]  # (B, G)
     distance = jnp.abs(data.goals[window] - goals[:, None]).max(axis=-1)  # (B, H, G) -> (B, H)
@@ -236,8 +212,9 @@ def hindsight(key, data, window):
     return goals, -masks, masks
 
 
-# ---- 4 Losses: (a learner's parameters, their averages, batch, key, cfg) -> loss, what to log
-def policy_loss(params, average, batch, key, cfg):
+# ---- 4 Losses: (params, average, others, batch, key, cfg) -> loss, dict of what to log
+# Gradients are by params alone. average is of params, others are averages of earlier learners.
+def policy_loss(params, average, others, batch, key, cfg):
     """Behaviour cloning by flow matching: (v_θ(s, a_t, t) - (a_1 - a_0))², mean over B and H*A."""
     key_noise, key_time = jax.random.split(key)
     a_1 = batch.actions
@@ -250,13 +227,13 @@ def policy_loss(params, average, batch, key, cfg):
     return loss, dict(policy_loss=loss)
 
 
-def critic_loss(params, average, batch, key, cfg):
+def critic_loss(params, average, others, batch, key, cfg):
     """Implicit Q-learning: Q towards the reward and V, V towards an upper expectile of Q̄."""
     s, g, a = batch.observations, batch.goals, batch.actions
     y = batch.returns + batch.discounts * value(params["value"], batch.next_observations, g)
     q = q_values(params["critic"], s, g, a)  # (2, B)
     q_loss = jnp.mean((q - jax.lax.stop_gradient(y)) ** 2)
-    q_average = q_min(average["critic"], s, g, a)  # (B,); `train` differentiates params alone
+    q_average = q_min(average["critic"], s, g, a)  # (B,)
     v_loss = expectile_loss(q_average - value(params["value"], s, g), cfg.expectile).mean()
     return q_loss + v_loss, dict(q_loss=q_loss, v_loss=v_loss, q=q_average.mean())
 
@@ -266,8 +243,11 @@ def expectile_loss(u, tau):
     return jnp.abs(tau - (u < 0)) * u**2
 
 
-# ---- 5 Training: policy and critic are two learners, which share nothing but the data
-LEARNERS = dict(policy=(init_policy, policy_loss), critic=(init_critic, critic_loss))
+# ---- 5 Training: one learner after the other; a loss sees the networks of those before it
+LEARNERS = dict(  # init(key, sizes, cfg) -> parameters, loss, the option with its number of updates
+    policy=(init_policy, policy_loss, "policy_updates"),
+    critic=(init_critic, critic_loss, "critic_updates"),
+)
 POLYAK = 0.005  # rate of the averages, which act
 
 
@@ -281,27 +261,28 @@ class State(NamedTuple):
     step: jax.Array  # updates made
 
 
-def init_state(learner, sizes, cfg):
-    """The State before the first update."""
-    init, _ = LEARNERS[learner]
+def init_state(init, sizes, cfg):
+    """The State before the first update. sizes are S, G, A."""
     key_params, key = jax.random.split(jax.random.PRNGKey(cfg.seed))
     params = init(key_params, sizes, cfg)
     average = jax.tree.map(jnp.copy, params)
     return State(params, average, optax.adam(cfg.lr).init(params), key, jnp.int32(0))
 
 
-@partial(jax.jit, static_argnames=("learner", "n", "cfg"), donate_argnames="state")
-def train(learner, state, data, n, cfg):
-    """n updates in one compiled scan -> State, logs (n,). The State that goes in is used up."""
-    differentiate = jax.grad(LEARNERS[learner][1], has_aux=True)
-    updates = getattr(cfg, f"{learner}_updates")
-    fall = int(cfg.lr_decay * updates)
-    rate = optax.linear_schedule(cfg.lr, 0, fall, updates - fall)
+@partial(jax.jit, static_argnames=("loss", "total", "n", "cfg"), donate_argnames="state")
+def train(loss, total, state, others, data, n, cfg):
+    """n of a learner's `total` updates, in one compiled scan -> State, logs (n,).
+
+    others: the averages of the learners before it, in one dict. The State that goes in is used up.
+    """
+    differentiate = jax.grad(loss, has_aux=True)
+    fall = int(cfg.lr_decay * total)
+    rate = optax.linear_schedule(cfg.lr, 0, fall, total - fall)
 
     def update(state, _):
         key_batch, key_loss = jax.random.split(jax.random.fold_in(state.key, state.step))
         batch = sample_batch(key_batch, data, cfg)
-        gradient, log = differentiate(state.params, state.average, batch, key_loss, cfg)
+        gradient, log = differentiate(state.params, state.average, others, batch, key_loss, cfg)
         change, opt = optax.adam(rate(state.step)).update(gradient, state.opt)
         params = optax.apply_updates(state.params, change)
         # The averages take in the old parameters, as in the official code.
@@ -312,8 +293,8 @@ def train(learner, state, data, n, cfg):
 
 
 # ---- 6 Guidance: the critic nudges each step of the flow
-# An estimator says where to push a_t (B, H*A) at t (B, 1). It may ask q(a) -> (B,), the averaged
-# critics' minimum, and flow(a, t) -> (B, H*A); v is flow(a_t, t), and T the number of Euler steps.
+# An estimator says where to push a_t (B, H*A) at t (B, 1), by q(a) -> (B,), the averaged critics'
+# minimum, and flow(a, t) -> (B, H*A). v is flow(a_t, t), and T the number of steps.
 def grad_q(q, a):
     """∇_a q(a): a (B, H*A) -> (B, H*A)."""
     return jax.grad(lambda a: q(a).sum())(a)  # each row of a has its own term of the sum
@@ -332,6 +313,11 @@ def integrate(flow, a_t, t, T):
         return jax.lax.cond(now[0, 0] < 1 - 0.5 / T, lambda: a + flow(a, now) / T, lambda: a), None
 
     return jnp.clip(jax.lax.scan(euler, a_t, jnp.arange(T))[0], -1, 1)
+
+
+def bc(q, flow, a_t, t, v, T):
+    """No push: behaviour cloning."""
+    return jnp.zeros_like(a_t)
 
 
 def qgf(q, flow, a_t, t, v, T):
@@ -354,24 +340,22 @@ def qfql(q, flow, a_t, t, v, T):
     return grad_q(q, a_t)
 
 
-GUIDANCE = {f.__name__.replace("_", "-"): f for f in (qgf, qgf_jacobian, bptt, qfql)}
-METHODS = (*GUIDANCE, "gradstep", "bc")  # gradstep: the flow, then uphill on Q; bc: the flow only
-ASCENTS = 3  # steps of gradstep
+def gradstep(q, flow, a_t, t, v, T):
+    """No push on the way: `sample_actions` climbs Q when the flow has ended."""
+    return jnp.zeros_like(a_t)
 
 
-def fade(t):
-    """c(t), from 1 at t = 0 to 0 at t = 1, where no flow corrects a push any more.
-
-    If π_BC is N(0, I) and Q is linear, v + w c(t) ∇Q leads exactly to π_BC exp(w Q).
-    """
-    return (1 - t) / ((1 - t) ** 2 + t**2)
+ESTIMATORS = dict(bc=bc, qgf=qgf, bptt=bptt, qfql=qfql, gradstep=gradstep)
+ESTIMATORS["qgf-jacobian"] = qgf_jacobian
+ASCENTS = 3  # steps of gradstep, which push by w d together, as the T steps of the others do
 
 
 @partial(jax.jit, static_argnames=("method", "cfg"))
 def sample_actions(nets, s, g, a_0, w, method, cfg):
     """From noise to actions: s (B, S), g (B, G), a_0 (B, N, H*A) -> a (B, H*A), the rms of d.
 
-    nets is dict(policy, critic). Each state gets N samples; that with the largest Q̄ is returned.
+    nets is dict(policy, critic), w the weight, and method an estimator. Each state gets N samples;
+    the one with the largest Q̄ is returned.
     """
     B, N, D = a_0.shape  # D is H*A
     T = cfg.denoise_steps
@@ -386,54 +370,87 @@ def sample_actions(nets, s, g, a_0, w, method, cfg):
     def euler(a_t, i):
         t = jnp.full((B * N, 1), i / T)
         v = flow(a_t, t)
-        d = jnp.zeros_like(v)
-        if method in GUIDANCE:
-            d = GUIDANCE[method](q, flow, a_t, t, v, T)
-        c = fade(t) if cfg.fade else 1.0
-        return a_t + (v + w * c * d) / T, jnp.mean(d**2)
+        d = method(q, flow, a_t, t, v, T)
+        return a_t + (v + w * d) / T, jnp.mean(d**2)
 
     def ascend(a, _):
         d = grad_q(q, a)
-        return jnp.clip(a + w * d, -1, 1), jnp.mean(d**2)
+        return jnp.clip(a + w * d / ASCENTS, -1, 1), jnp.mean(d**2)
 
     a, squares = jax.lax.scan(euler, a_0.reshape(B * N, D), jnp.arange(T))
     a = jnp.clip(a, -1, 1)
-    if method == "gradstep":
+    if method is gradstep:
         a, squares = jax.lax.scan(ascend, a, length=ASCENTS)
     rms = jnp.sqrt(squares.mean())
-    best = q(a).reshape(B, N).argmax(axis=1)  # (B*N,) -> (B, N) -> (B,)
-    return a.reshape(B, N, D)[jnp.arange(B), best], rms
+    if N > 1:
+        best = q(a).reshape(B, N).argmax(axis=1)  # (B*N,) -> (B, N) -> (B,)
+        a = a.reshape(B, N, D)[jnp.arange(B), best]  # (B, D)
+    return a, rms
 
 
 def relative_weight(guidance, nets, batch, method, cfg):
-    """w = λ / rms(d) along the unguided flow, whose velocity has an rms of about 1.
-
-    No flow corrects the steps of gradstep: together they get a tenth.
-    """
+    """w = λ / rms(d), along the unguided flow, whose velocity has an rms of about 1."""
     s, g, a = batch.observations, batch.goals, batch.actions
     a_0 = jax.random.normal(jax.random.PRNGKey(0), a[:, None].shape)  # (B, 1, H*A)
     _, rms = sample_actions(nets, s, g, a_0, 0.0, method, cfg)
-    share = 0.1 / ASCENTS if method == "gradstep" else 1.0
-    return share * guidance / max(float(rms), 1e-12)
+    return guidance / float(rms) if rms > 0 else 0.0
 
 
 # ==== The algorithm ends here.
+import argparse
+import ast
+import csv
+import hashlib
+import importlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import warnings
+import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from functools import lru_cache
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import ogbench
+from tqdm import tqdm
+
 # ---- 7 Data
-DATA_DIR = Path.home() / ".ogbench/data"
-COLLECT = Path(__file__).parent / ".github" / "collect.py"
+DATA = Path(os.path.expanduser("~/.ogbench/data"))
+COLLECT = Path(__file__).parent / ".github/tools/collect.py"
+COLUMNS = ["observations", "actions", "terminals", "rewards", "masks"]  # README explains them
+COLUMNS += ["timeouts", "next_observations", "qpos", "button_states"]
+ENDS = re.compile("trunc|termin|time|done|end|next|last|final")
 NAMES = re.compile(  # cube-double-task3 or, in full, cube-double-play-singletask-task3-v0
     "(.*?)(-play|-noisy|-navigate|-stitch|-explore)?(-singletask)?(-task[1-5])?(-v0)?"
 )
 
 
-class UserError(SystemExit):
-    """A user's mistake: it ends the program with one line."""
+class UserError(Exception):
+    """A user's mistake. On the command line, it ends the program with one line."""
+
+
+class Columns(dict):
+    """A file's arrays by name. To ask for one that it lacks is a user's mistake."""
+
+    path: Path
+
+    def __missing__(self, name):
+        raise UserError(f"{self.path}: there is no column {name}, only {', '.join(self)}")
 
 
 class Task(NamedTuple):
     """Any goal or one task of OGBench, or your own environment."""
 
-    name: str  # cube-double-task2
+    name: str  # cube-double-task2, or the id of your own
     env_id: str  # cube-double-singletask-task2-v0; for any goal, cube-double-v0
     dataset: str = ""  # cube-double-play-v0; yours has none
     has_goals: bool = False
@@ -442,11 +459,16 @@ class Task(NamedTuple):
 def find_task(name):
     """OGBench's name of a task, short or full, or a gymnasium id -> Task."""
     base, kind, single, number, _ = NAMES.fullmatch(name).groups("")
-    if f"{base}-singletask-v0" not in gymnasium.registry or "visual" in name:
-        if name in gymnasium.registry and "visual" not in name:
-            return Task(name, name)
-        near = difflib.get_close_matches(f"{base}-v0", gymnasium.registry)
-        raise UserError(f"--env {name}: no environment with vectors as states; near are {near}")
+    if f"{base}-singletask-v0" not in gymnasium.registry:
+        hint = "OGBench's are as cube-double-task2, yours as package:Id-v0"
+        with refusing(f"--env {name} ({hint})", gymnasium.error.Error, ImportError):
+            package, _, env_id = name.rpartition(":")
+            if package:
+                importlib.import_module(package)
+            gymnasium.spec(env_id)
+        return Task(name, name)
+    if base.startswith("visual"):
+        raise UserError(f"--env {name}: states must be vectors, not pixels")
     usual = "-navigate" if re.search("maze|soccer", base) else "-play"
     dataset = f"{base}{kind or usual}-v0"
     short = base + kind.removeprefix(usual)  # all names of a task are one run
@@ -455,130 +477,159 @@ def find_task(name):
     return Task(short, f"{base}-v0", dataset, has_goals=True)
 
 
+@contextmanager
+def refusing(what, *errors):
+    """Turn these errors, which a user can cause, into a UserError about `what`."""
+    try:
+        yield
+    except errors as e:
+        raise UserError(f"{what}: {' '.join(str(e).split())}") from None
+
+
 def find_files(task, cfg):
-    """The .npz files to learn from, downloaded or collected if need be."""
+    """The .npz files to learn from: yours, or OGBench's, downloaded or else collected."""
+    official = DATA / f"{task.dataset}.npz"
+    collected = DATA / f"{task.dataset}-collected-{cfg.collect}.npz"
     if cfg.data:
         path = Path(cfg.data).expanduser()
-        files = sorted(path.glob("[!.]*.npz")) if path.is_dir() else [path]
-        files = [x for x in files if x.exists() and not x.stem.endswith("-val")]
-        if not files:
-            raise UserError(f"--data {cfg.data}: no .npz there")
+        found = [x for x in sorted(path.rglob("[!.]*.npz")) if not x.stem.endswith("-val")]
+        ours = [x for x in found if x.name.startswith(task.dataset.removesuffix("v0") or "/")]
+        sets = [x for x in found if re.search("-(play|noisy|navigate|stitch|explore)-", x.name)]
+        files = ours or [x for x in found if x.parent == path and x not in sets] or [path]
+        if len({x.parent for x in files}) > 1:
+            raise UserError(f"--data {path}: {task.dataset} is in more than one of its folders")
         return files
     if not task.dataset:
-        raise UserError(f"{task.name} is not OGBench's: give transitions as --data PATH")
-    official = DATA_DIR / f"{task.dataset}.npz"
-    collected = DATA_DIR / f"{task.dataset}-collected-{cfg.collect}.npz"
-    if not official.exists() and not collected.exists():
-        socket.setdefaulttimeout(20)  # seconds; OGBench sets none
-        try:
-            ogbench.download_datasets([task.dataset], DATA_DIR)
-        except OSError as e:
-            print(f"data    no download of {task.dataset} ({e}): collecting", flush=True)
-        if not official.exists():
-            command = [sys.executable, COLLECT, task.dataset, str(cfg.collect), collected]
-            if subprocess.run(command, check=False).returncode:
-                raise UserError(f"no data: try again, add {official}, or give --data")
-    return [official if official.exists() else collected]
-
-
-def read_npz(path, what=dict):
-    """A file's arrays, or their names if `what` is sorted. UserError if it is not whole."""
+        raise UserError(f"--env {task.name} is not OGBench's: give transitions as --data PATH")
+    for path in (official, collected):
+        if zipfile.is_zipfile(path):
+            return [path]
+    official.unlink(missing_ok=True)  # it was cut off
+    reason = "what came is no whole .npz"
     try:
-        with np.load(path) as file:
-            return what(file)
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as e:
-        raise UserError(f"{path} is cut off, or no .npz: delete it ({e})") from None
+        ogbench.download_datasets([task.dataset], DATA)
+    except Exception as e:  # whatever it is, there is another way
+        reason = repr(e)
+    if zipfile.is_zipfile(official):
+        return [official]
+    official.unlink(missing_ok=True)  # it is the page of a portal
+    print(f"data    no download of {task.dataset} ({reason}): collecting", flush=True)
+    if not COLLECT.exists():
+        raise UserError(f"{COLLECT} is missing: clone the whole repository, or give --data PATH")
+    command = [sys.executable, COLLECT, task.dataset, str(cfg.collect), collected]
+    if subprocess.run(command, check=False).returncode:
+        raise UserError(f"no data for {task.name}: add {official}, or give --data PATH")
+    return [collected]
 
 
 def load_data(path, task, env, cfg):
-    """A file in OGBench's or D4RL's format -> Data; UserError if it does not fit."""
-    raw = read_npz(path)
-    try:
-        data = read_transitions(raw, task, env, cfg)
-    except (KeyError, ValueError, TypeError, IndexError) as e:
-        raise UserError(f"{path} with {[*raw]} does not fit {task.env_id}: {e!r}") from None
-    N = len(data.actions)
-    S, G, A = env.sizes
-    shapes = dict(observations=(N, S), actions=(N, A), rewards=(N,), masks=(N,), goals=(N, G))
-    for name, shape in shapes.items():
-        x = getattr(data, name)
-        if x.shape != shape:
-            raise UserError(f"{path}: {name} has the shape {x.shape}; {task.env_id} needs {shape}")
-        if not np.isfinite(x).all():
-            raise UserError(f"{path}: {name} has NaN or Inf")
-    if not np.isin(data.masks, (0, 1)).all():
-        raise UserError(f"{path}: masks must be 0 (solved) or 1")
-    if len(data.starts) == 0:
-        raise UserError(f"{path}: no trajectory is as long as a chunk: lower --horizon")
-    if np.abs(data.actions).max() > 1.001:
-        raise UserError(f"{path}: actions leave the range {env.low} to {env.high}")
-    return jax.device_put(data)
+    """A file in OGBench's or D4RL's format -> Data. UserError if it does not fit."""
 
+    def need(condition, words):
+        if not condition:
+            raise UserError(f"{path}: {words}")
 
-def read_transitions(raw, task, env, cfg):
-    """A file's arrays -> Data, with the rewards, masks and goals that the file lacks."""
-    N = len(raw["actions"])
+    with refusing(f"{path} is no whole .npz of numbers", *UNREADABLE), np.load(path) as file:
+        raw = Columns({x: file[x] for x in file if x in COLUMNS or ENDS.search(x)})
+    raw.path = path
+    N = len(np.atleast_1d(raw["actions"]))
+    for name, x in raw.items():
+        if name not in COLUMNS:
+            known = "give terminals (1 in a trajectory's last row), or D4RL's with timeouts"
+            need(x.shape[:1] != (N,), f"{name} is not understood: {known}")
+            continue
+        need(x.shape[:1] == (N,), f"{name} has the shape {x.shape}, with {N} actions")
+        need(x.dtype.kind in "biuf", f"{name} holds no numbers, but {x.dtype}")
+        if name in ("terminals", "timeouts", "masks", "rewards"):
+            need(x.size == N, f"{name} has the shape {x.shape}, not ({N},)")
+            raw[name] = x.reshape(N)
+            need(name == "rewards" or np.isin(x, (0, 1)).all(), f"{name} must be 0 or 1")
+
     if "timeouts" in raw:  # D4RL, whose terminals are ends of tasks, not of trajectories
         raw["masks"] = 1.0 - raw["terminals"]
         raw["terminals"] = raw["terminals"] + raw["timeouts"]
-    last = np.append(np.flatnonzero(raw["terminals"].reshape(N)[:-1]), N - 1)  # of each trajectory
+    last = np.append(np.flatnonzero(raw["terminals"][:-1]), N - 1)  # of each trajectory
     ends = last[np.searchsorted(last, np.arange(N))]  # (N,)
-    actions, goals = raw["actions"], np.zeros((N, 0))
     solved = np.zeros(N, bool)  # does the row's trajectory end with a success?
+    raw["goals"] = np.zeros((N, 0))
     if task.has_goals:
         ogbench.relabel_utils.add_oracle_reps(task.env_id, env.unwrapped, raw)
-        goals = raw["oracle_reps"]
-        raw |= dict(rewards=np.zeros(N), masks=np.ones(N))  # unused: `hindsight` makes its own
+        raw |= dict(goals=raw["oracle_reps"], rewards=np.zeros(N), masks=np.ones(N))  # by hindsight
     elif task.dataset and "rewards" not in raw:
         ogbench.relabel_utils.relabel_dataset(task.env_id, env.unwrapped, raw)
-        if cfg.sparse:
-            raw["rewards"] = -raw["masks"]
     else:
+        need("masks" in raw or not cfg.sparse, "--sparse needs a column masks; or give --no-sparse")
         raw.setdefault("masks", np.ones(N))
-        solved = np.ravel(raw["masks"])[ends] == 0
+        solved = raw["masks"][ends] == 0
+    if cfg.sparse and not task.has_goals:
+        raw["rewards"] = -np.float32(raw["masks"])
     if not task.dataset:
-        actions = 2 * (actions - env.low) / (env.high - env.low) - 1
+        raw["actions"] = 2 * (raw["actions"] - env.low) / (env.high - env.low) - 1
+
+    S, G, A = env.sizes
     after = np.arange(N) + cfg.horizon  # the row after a chunk; if solved, it need not exist
-    return Data(
-        observations=np.float32(raw["observations"]),
-        actions=np.float32(actions),
-        rewards=np.float32(raw["rewards"]),
-        masks=np.float32(raw["masks"]),
-        goals=np.float32(goals),
-        ends=np.int32(ends),
-        starts=np.int32(np.flatnonzero(after <= ends + solved)),
-    )
+    starts = np.flatnonzero(after <= ends + solved)
+    need(len(starts) > 0, "all trajectories are shorter than a chunk: lower --horizon")
+    columns = dict(ends=np.int32(ends), starts=np.int32(starts))
+    shapes = dict(observations=(N, S), actions=(N, A), rewards=(N,), masks=(N,), goals=(N, G))
+    for name, shape in shapes.items():
+        need(raw[name].shape == shape, f"{name} has the shape {raw[name].shape}, not {shape}")
+        columns[name] = np.float32(raw[name])
+        need(np.isfinite(columns[name]).all(), f"{name} has NaN or Inf")
+    inside = np.abs(columns["actions"]).max() < 1.001
+    need(inside, f"actions leave the range {env.low} to {env.high}")
+    length = 2 ** math.ceil(math.log2(N))  # files of about one length are compiled once
+    for name, x in columns.items():
+        columns[name] = np.concatenate([x, np.repeat(x[-1:], length - len(x), axis=0)])
+    return jax.device_put(Data(**columns, chunks=np.int32(len(starts))))
 
 
 # ---- 8 Episodes
 GOALS = 5  # of an environment in OGBench
-FIRST_SEED = 2_000_000  # of episode 0
+CORES = os.cpu_count()
+if hasattr(os, "sched_getaffinity"):  # those that this job may use
+    CORES = len(os.sched_getaffinity(0))
 
 
 class Chunks(gymnasium.Wrapper):
-    """An environment whose step is a chunk (H, A). It shows states, then goals."""
+    """An environment whose step is a chunk (H, A) in [-1, 1]. It shows states, then goals.
+
+    `sizes` are S, G, A. UserError if there is no such environment, or if it has other spaces.
+    """
 
     def __init__(self, task, horizon, **options):
         if task.has_goals:
             options["use_oracle_rep"] = True
-        env = gymnasium.make(task.env_id, disable_env_checker=True, **options)
+        warnings.filterwarnings("ignore", message=".*DISPLAY|.*precision lowered")
+        with refusing(f"--env {task.name}", gymnasium.error.Error, ImportError):
+            env = gymnasium.make(task.env_id, disable_env_checker=True, **options)
         box = env.action_space
-        if len(env.observation_space.shape or ()) != 1 or len(box.shape or ()) != 1:
-            raise UserError(f"{task.name}: states and actions are no vectors")
+        for space in (env.observation_space, box):
+            if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
+                raise UserError(f"--env {task.name}: {space} is no vector of numbers")
+        width = np.float64(box.high) - box.low
+        if box.dtype.kind != "f" or not ((width > 0) & (width < 1e9)).all():
+            raise UserError(f"--env {task.name}: actions must be floats in finite ranges: {box}")
+        if env.spec.max_episode_steps is None:
+            raise UserError(f"--env {task.name} may never end: register it with max_episode_steps")
         if task.dataset:  # OGBench makes an action space at each use, which loses its seed
             type(env.unwrapped).action_space = box
         super().__init__(gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)))
-        self.task, self.low, self.high = task, box.low, box.high
+        self.task = task
+        self.low = box.low
+        self.high = box.high
         self.reset(seed=0)
-        self.sizes = len(self.obs) - len(self.goal), len(self.goal), len(box.low)  # S, G, A
-        self.action_space = Box(-1, 1, (horizon, len(box.low)))
-        self.observation_space = Box(-np.inf, np.inf, self.obs.shape)
+        self.sizes = len(self.obs) - len(self.goal), len(self.goal), len(box.low)
+        self.action_space = gymnasium.spaces.Box(-1, 1, (horizon, len(box.low)))
+        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, self.obs.shape)
 
-    def reset(self, *, seed, options=None):
-        """Begin the episode of this seed. OGBench's goals take turns."""
-        np.random.seed(seed)  # OGBench's reset draws from here, and from the action space
-        self.env.unwrapped.action_space.seed(seed)
-        options = dict(task_id=1 + seed % GOALS) if self.task.dataset else None
+    def reset(self, *, seed=None, options=None):
+        """Begin the episode of this seed, or any. With seeds, OGBench's goals take turns."""
+        if seed is not None:
+            np.random.seed(seed)  # OGBench's reset draws from here, and from the action space
+            self.env.unwrapped.action_space.seed(seed)
+            if self.task.dataset:
+                options = dict(task_id=1 + seed % GOALS)
         state, info = self.env.reset(seed=seed, options=options)
         self.goal = info["goal"] if self.task.has_goals else []
         self.obs = np.float32([*state, *self.goal])
@@ -592,40 +643,40 @@ class Chunks(gymnasium.Wrapper):
             if self.over:
                 break
             state, reward, terminated, truncated, info = self.env.step(action)
+            success = float(np.squeeze(info.get("success", math.nan)))
             self.obs = np.float32([*state, *self.goal])
             self.over = bool(terminated or truncated)
-            self.episode[0] = np.fmax(self.episode[0], info.get("success", math.nan))
-            self.episode[1:] += reward, 1
+            self.episode[0] = np.fmax(self.episode[0], success)
+            self.episode[1:] += float(np.squeeze(reward)), 1
         return self.obs, 0.0, self.over, False, dict(episode=self.episode)
 
 
 def make_envs(task, cfg):
-    """Two processes a core, an environment each. They ignore Ctrl-C."""
-    multiprocessing.set_forkserver_preload(["ogbench.manipspace", "optax", "scipy.stats"])
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    multiprocessing.forkserver.ensure_running()
-    signal.signal(signal.SIGINT, handler)
+    """Two processes for each core, with an environment each. They import this file."""
+    if Path(__file__).read_text("utf-8") != SOURCE:
+        raise UserError(f"{__file__} was edited during the run: give the same command again")
     make = partial(Chunks, task, cfg.horizon)
-    n = min(2 * os.cpu_count(), 32, cfg.episodes)
-    return AsyncVectorEnv([make] * n, context="forkserver", autoreset_mode="Disabled")
+    n = min(2 * CORES, 32, cfg.episodes)
+    return gymnasium.vector.AsyncVectorEnv([make] * n, context="spawn", autoreset_mode="Disabled")
 
 
 def rollout(envs, nets, w, method, sizes, cfg):
     """Play cfg.episodes episodes -> (episodes, 3): success, return, length.
 
-    Start, goal and noise of an episode depend on its number alone, so rows are paired.
+    Start, goal and noise of an episode depend on its seed alone, so methods are paired.
     """
     S, _, A = sizes
     name, samples = parse_method(method)
     playing = np.arange(envs.num_envs)  # the number of each environment's episode
-    noise = [np.random.default_rng(i) for i in range(cfg.episodes + envs.num_envs)]
+    seeds = cfg.first_seed + np.arange(cfg.episodes + envs.num_envs)
+    noise = [np.random.default_rng(seed) for seed in seeds]
     results = np.zeros((cfg.episodes, 3))
-    obs, _ = envs.reset(seed=(FIRST_SEED + playing).tolist())
+    obs, _ = envs.reset(seed=seeds[playing].tolist())
     bar = progress(total=cfg.episodes, desc=f"playing {method}", unit=" episodes")
     while (playing < cfg.episodes).any():
         a_0 = [noise[i].standard_normal((samples, cfg.horizon * A)) for i in playing]
         s, g = obs[:, :S], obs[:, S:]
-        actions, _ = sample_actions(nets, s, g, np.float32(a_0), w, name, cfg)
+        actions, _ = sample_actions(nets, s, g, np.float32(a_0), w, ESTIMATORS[name], cfg)
         actions = np.asarray(actions).reshape(-1, cfg.horizon, A)  # (B, H*A) -> (B, H, A)
         obs, _, over, _, info = envs.step(actions)
         ended = over & (playing < cfg.episodes)
@@ -635,8 +686,7 @@ def rollout(envs, nets, w, method, sizes, cfg):
             bar.update()
         ended &= playing < cfg.episodes  # the others idle
         if ended.any():
-            seeds = (FIRST_SEED + playing).tolist()
-            obs, _ = envs.reset(seed=seeds, options=dict(reset_mask=ended))
+            obs, _ = envs.reset(seed=seeds[playing].tolist(), options=dict(reset_mask=ended))
     bar.close()
     return results
 
@@ -650,125 +700,234 @@ def parse_method(text):
 progress = partial(tqdm, miniters=1, mininterval=0.2 if sys.stderr.isatty() else 30)  # seconds
 
 
-# ---- 9 Runs: config.json, checkpoint.npz, metrics.csv and, of a critic, episodes.csv
+# ---- 9 Runs: folders with config.json, metrics.csv, checkpoint.npz and episodes.csv
 CALL = 100  # updates in a call of train
-SWAP = 1000  # updates on a slice of the data
-BOTH = "seed depth batch_size lr lr_decay horizon"
-SETTINGS = dict(  # of a learner; a run that resumes must have the same
-    policy=f"{BOTH} policy_updates policy_width denoise_steps",
-    critic=f"{BOTH} critic_updates critic_width discount expectile sparse",
-)
+SWAP = 1000  # updates on a file of the data
+SAVE = 20  # seconds between checkpoints
+SOURCE = Path(__file__).read_text("utf-8")  # as it runs here: the file may be edited meanwhile
+UNREADABLE = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
-@contextmanager
-def atomic_write(path, mode="w"):
-    """Open a file that takes its name once it is whole, whoever else writes it."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with open(part, mode) as file:
-            yield file
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+def code_hash(end, functions):
+    """Hash of this file's syntax from section 2 to the line `end`, and of functions from elsewhere.
+
+    Those count with the text of their file. One typed at a prompt is equal to itself alone.
+    """
+    code = [ast.unparse(ast.parse(SOURCE[SOURCE.index("# ---- 2") : SOURCE.index(end)]))]
+    for function in functions:
+        if getattr(function, "__module__", None) != __name__:
+            path = Path(getattr(getattr(function, "__code__", None), "co_filename", ""))
+            code.append(path.read_text("utf-8") if path.is_file() else repr(function))
+    return digest(code)
+
+
+def digest(values):
+    """A short hash of what JSON can hold."""
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:12]
+
+
+def run_folder(name, task, out, seed):
+    """OUT/DATASET-policy-s0, which all tasks of the data share; OUT/TASK-s0 of the critic."""
+    owners = dict(policy=f"{task.dataset or task.name}-policy", critic=task.name)
+    owner = owners.get(name, f"{task.name}-{name}")
+    return Path(out).expanduser() / re.sub("[:/]", "-", f"{owner}-s{seed}")
+
+
+def settings_of(name, task, sizes, files, rows, cfg):
+    """All that decides what a learner becomes, for its config.json."""
+    checksums = []
+    for path in files:
+        with zipfile.ZipFile(path) as file:
+            checksums += [[x.filename, x.CRC] for x in file.infolist()]
+    init, loss, _ = LEARNERS[name]
+    options = [f.name for f in fields(Config) if {"all", name} & {*f.metadata["of"].split()}]
+    return {option: getattr(cfg, option) for option in options} | dict(
+        env=task.dataset or task.name if name == "policy" else task.name,
+        sizes=[*sizes],
+        data=f"{files[0].name}, {rows:,} rows, hash {digest(checksums)}",
+        code=code_hash("# ---- 6", [init, loss]),
+    )
+
+
+def check_settings(folder, settings, keep):
+    """UserError if a folder's config.json says otherwise. `keep` allows other code."""
+    saved = read_json(folder / "config.json")
+    if not saved and not (folder / "checkpoint.npz").exists():
+        return
+    for name in settings | saved:
+        if saved.get(name) == settings.get(name) or (name == "code" and keep):
+            continue
+        words = f"with {name} {saved.get(name)}, not {settings.get(name)}: give another --out"
+        if name == "code":
+            words = "by other code: give --out NEW, or --keep to use its networks as they are"
+        raise UserError(f"{folder} was trained {words}")
+
+
+def read_json(path):
+    """What config.json says; without it, {}."""
+    with refusing(f"{path} is damaged, without it, its networks fit no run", *UNREADABLE):
+        return json.loads(path.read_text()) if path.exists() else {}
 
 
 def read_csv(path):
-    """The rows as dicts of text; none without a file."""
-    text = path.read_text() if path.exists() else ""
-    return list(csv.DictReader(text.splitlines()))
+    """The rows as dicts of text; without the file, none."""
+    with refusing(f"{path} is damaged, without it, its rows are lost", *UNREADABLE):
+        header, *rows = csv.reader(path.read_text().splitlines() if path.exists() else [""])
+        return [dict(zip(header, row, strict=True)) for row in rows]
 
 
 def write_csv(path, rows):
-    """Write dicts, a row each."""
+    """Write dicts, a row each. What a row lacks stays empty."""
+    columns = dict.fromkeys(name for row in rows for name in row)
     with atomic_write(path) as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
 
-def named_leaves(state):
-    """A State's arrays by path, as params/policy/0/w, and their structure."""
-    leaves, structure = jax.tree.flatten_with_path(state)
-    return {jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in leaves}, structure
+@contextmanager
+def atomic_write(path, mode="w"):
+    """Open a file that takes its name once it is whole and on the disk, whoever else writes it."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    with refusing(f"cannot write {path}", OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, mode) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
 
 
-def save(folder, state, metrics, settings):
-    """Write settings, metrics and State. UserError if there is NaN or Inf."""
-    leaves = {name: np.asarray(x) for name, x in named_leaves(state)[0].items()}
-    if not all(np.isfinite(x).all() for x in leaves.values()):
+def save(folder, state, metrics, settings, keep):
+    """Write settings, metrics and State. UserError if there is NaN or Inf, or another run."""
+    leaves = [np.asarray(x) for x in jax.tree.leaves(state)]
+    if not all(np.isfinite(x).all() for x in leaves):
         raise UserError(f"NaN or Inf after {state.step} updates: lower --lr, in another --out")
+    check_settings(folder, settings, keep)
     with atomic_write(folder / "config.json") as file:
         json.dump(settings, file, indent=1)
     write_csv(folder / "metrics.csv", metrics)
     with atomic_write(folder / "checkpoint.npz", "wb") as file:
-        np.savez(file, **leaves)
+        np.savez(file, *leaves)
 
 
-def load(folder, state, settings):
-    """The State saved in a folder, or else `state`. UserError if it does not fit."""
+def load(folder, state):
+    """The State and the metrics saved in a folder; without a checkpoint, `state` and none."""
     path = folder / "checkpoint.npz"
     if not path.exists():
-        return state
-    arrays = read_npz(path)
-    saved = json.loads((folder / "config.json").read_text())
-    leaves, structure = named_leaves(state)
-    differ = [f"{k} {saved.get(k)}, not {x}" for k, x in settings.items() if saved.get(k) != x]
-    both = leaves | arrays
-    differ += [k for k in both if np.shape(leaves.get(k)) != np.shape(arrays.get(k))]
-    if differ:
-        raise UserError(f"{folder} was trained with another {differ[0]}: give another --out")
-    return jax.tree.unflatten(structure, [jnp.asarray(arrays[k]) for k in leaves])
+        return state, []
+    without = "without it, training begins again"
+    with refusing(f"{path} is damaged, {without}", *UNREADABLE), np.load(path) as file:
+        leaves = [jnp.asarray(x) for x in file.values()]
+    if [x.shape for x in leaves] != [np.shape(x) for x in jax.tree.leaves(state)]:
+        raise UserError(f"{path} has networks of other shapes: give another --out")
+    state = jax.tree.unflatten(jax.tree.structure(state), leaves)
+    metrics = read_csv(folder / "metrics.csv")
+    return state, [row for row in metrics if int(row["updates"]) <= state.step]
 
 
-def fit(learner, updates, folder, files, load_slice, sizes, cfg):
+def fit(name, updates, others, folder, settings, files, load_file, sizes, cfg):
     """Train a learner, from its checkpoint, to this number of updates -> State."""
-    settings = {name: getattr(cfg, name) for name in SETTINGS[learner].split()}
-    settings["data"] = files[0].name
-    state = load(folder, init_state(learner, sizes, cfg), settings)
+    init, loss, option_name = LEARNERS[name]
+    state, metrics = load(folder, init_state(init, sizes, cfg))
     step = int(state.step)
-    metrics = [row for row in read_csv(folder / "metrics.csv") if int(row["updates"]) <= step]
     if step >= updates:
         return state
-
+    save(folder, state, metrics, settings, cfg.keep)
     saved = time.monotonic()
-    bar = progress(total=updates, initial=step, desc=f"training {learner}", unit=" updates")
+    bar = progress(total=updates, initial=step, desc=f"training {name}", unit=" updates")
     with bar, ThreadPoolExecutor(1) as loader:
+        next_data = loader.submit(load_file, files[step // SWAP % len(files)])
         while step < updates:
             if step == bar.initial or step % SWAP == 0:
-                data = load_slice(files[step // SWAP % len(files)])
-                loader.submit(load_slice, files[(step // SWAP + 1) % len(files)])  # meanwhile
+                data = next_data.result()
+                next_data = loader.submit(load_file, files[(step // SWAP + 1) % len(files)])
             n = min(CALL - step % CALL, updates - step)
-            state, log = train(learner, state, data, n, cfg)
-            log = {name: float(np.mean(x)) for name, x in log.items()}  # waits for the device
+            state, log = train(loss, getattr(cfg, option_name), state, others, data, n, cfg)
+            log = {key: float(np.mean(x)) for key, x in log.items()}  # waits for the device
             step += n
             metrics.append(dict(updates=step, **log))
             bar.set_postfix(log, refresh=False)
             bar.update(n)
-            if step == updates or time.monotonic() - saved > 20:  # seconds
-                save(folder, state, metrics, settings)
+            if step == updates or time.monotonic() - saved > SAVE:
+                if load(folder, state)[0].step > step:  # another run trains the same, and is ahead
+                    break
+                save(folder, state, metrics, settings, cfg.keep)
                 saved = time.monotonic()
-    return state
+    return fit(name, updates, others, folder, settings, files, load_file, sizes, cfg)  # as saved
 
 
-def evaluate(envs, nets, batch, actor, path, sizes, cfg):
-    """Play the rows that episodes.csv lacks of an actor, a dict -> all rows."""
+def evaluate(nets, batch, actor, path, task, sizes, cfg):
+    """Play the rows of the table that episodes.csv lacks.
+
+    actor: the columns that tell networks, code and episodes from others, a dict
+    -> {(method, strength): success and return of its episodes (2, n)}
+    """
     strengths = [(x, 0.0) for x in cfg.guidance] + [(0.0, x) for x in cfg.weights]
-    for method, strength in itertools.product(["bc", *cfg.methods], strengths):
-        name, _ = parse_method(method)
-        guidance, weight = (0.0, 0.0) if name == "bc" else strength
+    wanted = [("bc", 0.0, 0.0)]
+    for method in cfg.methods:
+        unguided = parse_method(method)[0] == "bc"
+        wanted += [(method, *x) for x in ([(0.0, 0.0)] if unguided else strengths)]
+    played = {}
+    envs = None
+    for method, guidance, weight in dict.fromkeys(wanted):
         key = actor | dict(method=method, guidance=guidance, weight=weight)
-        if sum(matches(row, key) for row in read_csv(path)) >= cfg.episodes:
-            continue
-        w = relative_weight(guidance, nets, batch, name, cfg) if guidance else weight
-        results = rollout(envs, nets, w, method, sizes, cfg).tolist()
-        rows = [row for row in read_csv(path) if not matches(row, key)]
-        row = dict(env=cfg.env, seed=cfg.seed) | key | dict(w=f"{w:.6g}")
-        for i, (success, total, length) in enumerate(results):
-            episode = {"episode": i, "success": success, "return": total, "length": length}
-            rows.append(row | episode)
-        write_csv(path, rows)
-    return read_csv(path)
+        rows = [row for row in read_csv(path) if matches(row, key)]
+        if len(rows) >= cfg.episodes:
+            print(f"{method:8}{len(rows)} episodes found in {path}")
+        else:
+            envs = envs or make_envs(task, cfg)
+            w = weight
+            if guidance > 0:
+                estimator = ESTIMATORS[parse_method(method)[0]]
+                w = relative_weight(guidance, nets, batch, estimator, cfg)
+            with refusing("the process of an environment has ended", EOFError, ConnectionError):
+                results = rollout(envs, nets, w, method, sizes, cfg)
+            rows = []
+            for i, result in enumerate(results.tolist()):
+                result = dict(zip(("success", "return", "length"), result, strict=True))
+                rows.append(key | dict(w=f"{w:.6g}", episode=i) | result)
+            write_csv(path, [row for row in read_csv(path) if not matches(row, key)] + rows)
+        strength = f"w {weight:g}" if weight else f"λ {guidance:g}" if guidance else ""
+        results = [(float(row["success"]), float(row["return"])) for row in rows]
+        played[method, strength] = np.array(results).T  # (2, n)
+    if envs:
+        envs.close(terminate=True)
+    return played
+
+
+def table(played, task):
+    """What `evaluate` returns -> lines. Methods are compared with bc, episode by episode.
+
+    won:lost counts the episodes in which a method or bc is better; p is McNemar's, exact.
+    """
+    from scipy.stats import binomtest  # here, since its import takes half a second
+
+    score = int(np.isnan(played["bc", ""][0]).any())  # 0: success; 1: return, if that is unknown
+    base = played["bc", ""][score]
+    last = "success by goal" if task.has_goals else "return"
+    lines = [f"{'method':17}{'strength':8}{'n':>4}  success  won:lost        p  {last}"]
+    answers = []
+    for (method, strength), episodes in played.items():
+        success, total = episodes
+        n = min(len(total), len(base))
+        won = int((episodes[score, :n] > base[:n]).sum())
+        lost = int((episodes[score, :n] < base[:n]).sum())
+        p = binomtest(won, won + lost).pvalue if won + lost else 1.0
+        rate = "" if score else f"{success.mean():.2f}"
+        pairs = "" if method == "bc" else f"{won}:{lost}"
+        chance = "" if method == "bc" else f"{p:.2g}"
+        end = f"{total.mean():.1f}"
+        if task.has_goals:
+            end = " ".join(f"{success[k::GOALS].mean():.2f}" for k in range(min(n, GOALS)))
+        line = f"{method:17}{strength:8}{len(total):4}{rate:>9}{pairs:>10}{chance:>9}  {end}"
+        lines.append(line.rstrip())
+        if strength:
+            verdict = "Guidance helped" if won > lost else "Guidance did harm"
+            verdict = verdict if p < 0.05 else "No significant difference"
+            words = f"{method} wins {won} and loses {lost} of {n} episodes against bc"
+            answers.append(f"{verdict}: {words} (p = {p:.2g}).")
+    return [*lines, *answers[:1]]
 
 
 def matches(row, key):
@@ -776,37 +935,25 @@ def matches(row, key):
     return all(row[name] == str(x) for name, x in key.items())
 
 
-def table(rows, actor, task):
-    """Rows of episodes.csv -> lines of text. Gains are paired by episode."""
-    played = {}
-    for row in rows:
-        if matches(row, actor):
-            key = row["method"], float(row["guidance"]), float(row["weight"])
-            played.setdefault(key, []).append((float(row["success"]), float(row["return"])))
-    played = {key: np.array(episodes).T for key, episodes in played.items()}  # (2, n) each
-    base = played["bc", 0.0, 0.0]
-    score = int(np.isnan(base[0]).any())  # 0: success; 1: return, where success is unknown
-    last = "success by goal" if task.has_goals else "return"
-    lines = [f"{'method':14}{'strength':10}{'n':>4}  {'success':19}{'gain over bc':17}{last}"]
-    answer = []
-    for (method, guidance, weight), episodes in played.items():
-        success, total = episodes
-        n = len(total)
-        strength = f"w {weight:g}" if weight else f"λ {guidance:g}" if guidance else ""
-        rate, gain, end = "", "", f"{total.mean():.1f}"
-        if score == 0:
-            low, high = binomtest(int(success.sum()), n).proportion_ci(method="wilson")
-            rate = f"{success.mean():.2f} [{low:.2f}, {high:.2f}]"
-        if method != "bc":
-            gains = episodes[score] - base[score, :n]
-            mean, half = gains.mean(), 1.96 * gains.std() / n**0.5
-            gain = f"{mean:+.2f} ± {half:.2f}"
-            how = "helped" if mean > half else "did not help"
-            answer.append(f"Guidance {how}: {method} gains {gain} over bc (95% interval).")
-        if task.has_goals:
-            end = " ".join(f"{success[k::GOALS].mean():.2f}" for k in range(min(n, GOALS)))
-        lines.append(f"{method:14}{strength:10}{n:4}  {rate:19}{gain:17}{end}")
-    return [*lines, *answer[:1]]
+def load_run(folder):
+    """A run's folder, as runs/cube-double-s0 -> networks that act, their Config, their Task."""
+    folder = Path(folder).expanduser()
+    saved = read_json(folder / "config.json")
+    if "env" not in saved:
+        raise UserError(f"{folder} is no run: it has no config.json of a critic")
+    task = find_task(saved["env"])
+    names = {f.name for f in fields(Config)}
+    nets = {}
+    for learner, (init, _, _) in LEARNERS.items():
+        path = run_folder(learner, task, folder.parent, saved["seed"])
+        saved |= read_json(path / "config.json")
+        options = {k: x for k, x in saved.items() if k in names}
+        cfg = replace(config(env=task.name, out=str(folder.parent)), **options)
+        state, metrics = load(path, init_state(init, saved["sizes"], cfg))
+        if not metrics:
+            raise UserError(f"{path} has no trained {learner}")
+        nets |= state.average
+    return nets, cfg, task
 
 
 # ---- 10 main
@@ -818,116 +965,144 @@ FAMILY = {  # defaults by a name's start
         depth=3,
         expectile=0.9,
         collect=200_000,
-        guidance=(0.3,),
     ),
-    "cube-double": dict(guidance=(3.0,)),
+    "cube-double": dict(guidance=(1.0,)),
     ("scene", "puzzle-3x3"): dict(sparse=True, policy_updates=60_000, critic_updates=120_000),
 }
 
 
+def config(**given):
+    """A Config: what is given, else FAMILY's defaults, else Config's. UserError if out of range."""
+    for f in fields(Config):
+        x = given.get(f.name, f.default)
+        if isinstance(x, list):
+            given[f.name] = tuple(x)
+        low, high = f.metadata["low"], f.metadata["high"]
+        for number in np.ravel(x):
+            if not isinstance(number, str) and not low <= number <= high:
+                flag = f"--{f.name.replace('_', '-')} {number}"
+                raise UserError(f"{flag}: give a number from {low:g} to {high:g}")
+    for method in given.get("methods", ()):
+        if not re.fullmatch(rf"({'|'.join(ESTIMATORS)})(@[1-9]\d*)?", method):
+            raise UserError(f"--methods {method}: there are {', '.join(ESTIMATORS)}, and NAME@4")
+    env = given.get("env", Config.env)
+    if "collect" in given and given.get("data"):
+        raise UserError("--collect and --data: the data come from one of them")
+    if "sparse" in given and find_task(env).has_goals:
+        raise UserError("--sparse is for a task: a goal always gives -1 until it is reached")
+    if "weights" in given:
+        given.setdefault("guidance", ())
+    for names, defaults in FAMILY.items():
+        if env.startswith(names):
+            given = defaults | given
+    return Config(**given)
+
+
 def parse(argv):
-    """The command line -> Config: what is given, else FAMILY's, else Config's defaults."""
+    """The command line -> Config."""
     parser = argparse.ArgumentParser(
+        usage="python qgf.py [options]",
         description=__doc__,
+        epilog="\n".join(f"{names}: {defaults}" for names, defaults in FAMILY.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,  # what is not given is absent
         allow_abbrev=False,
     )
-
-    def fail(message):
-        raise UserError(f"{message} (--help lists all options)")
-
-    parser.error = fail
-    flags = {f"--{f.name.replace('_', '-')}": f for f in fields(Config)}
-    for flag, f in flags.items():
+    for f in fields(Config):
         kind = type(f.default)
-        how = dict(type=kind, metavar="X")
+        how = dict(type=kind, metavar={int: "N", float: "X"}.get(kind, "TEXT"))
         if kind is bool:
             how = dict(action=argparse.BooleanOptionalAction)
         elif kind is tuple:
             how = dict(nargs="+", type=str if f.name == "methods" else float, metavar="X")
         text = f"{f.metadata['help']} [{' '.join(map(str, np.ravel(f.default)))}]"
-        parser.add_argument(flag, help=text, **how)
-    given, unknown = parser.parse_known_args(argv)
-    given = {name: tuple(x) if isinstance(x, list) else x for name, x in vars(given).items()}
-    for word in unknown:
-        fail(f"unknown option {word}; near is {difflib.get_close_matches(word, flags, 1, 0.5)}")
-    for flag, f in flags.items():
-        low, high = f.metadata["low"], f.metadata["high"]
-        for x in np.ravel(given.get(f.name, f.default)):
-            if not isinstance(x, str) and not low <= x <= high:
-                fail(f"{flag} {x}: give a number from {low} to {high}")
-    for method in given.get("methods", ()):
-        if not re.fullmatch(rf"({'|'.join(METHODS)})(@[1-9]\d*)?", method):
-            fail(f"--methods {method}: there are {', '.join(METHODS)}, and NAME@4")
-    if "weights" in given:
-        given.setdefault("guidance", ())
-    for name, defaults in FAMILY.items():
-        if given.get("env", Config.env).startswith(name):
-            given = defaults | given
-    return Config(**given)
+        if f.name == "methods":
+            text = f"{text}; {', '.join(ESTIMATORS)}"
+        parser.add_argument(f"--{f.name.replace('_', '-')}", help=text, **how)
+    return config(**vars(parser.parse_args(argv)))
 
 
 def main(argv=None):
     """From the command line to the table."""
     cfg = parse(argv)
     task = find_task(cfg.env)
-    out = Path(cfg.out).expanduser()
-    out.mkdir(parents=True, exist_ok=True)
-    if not os.access(out, os.W_OK):
-        raise UserError(f"{out} is read-only: give another --out")
-    shared = out / f"{task.dataset or task.name}-policy-s{cfg.seed}"
-    folder = out / f"{task.name}-s{cfg.seed}"
-    changed = [f"{k} {x}" for k, x in vars(cfg).items() if x != getattr(Config, k)]
+    changed = [
+        f"{k} {' '.join(map(str, np.ravel(x)))}"
+        for k, x in vars(cfg).items()
+        if x != getattr(Config, k)
+    ]
     print(f"run     {task.env_id}, seed {cfg.seed}\noptions {', '.join(changed)}")
-    try:
+    with refusing("JAX finds no device, see JAX_PLATFORMS", RuntimeError, AssertionError):
         device = jax.devices()[0].device_kind
-    except (RuntimeError, AssertionError) as e:
-        raise UserError(f"JAX_PLATFORMS: no such device {e}") from None
-    print(f"device  {device}, {os.cpu_count()} CPU cores, jax {jax.__version__}", flush=True)
-
+    print(f"device  {device}, {CORES} CPU cores, jax {jax.__version__}", flush=True)
     env = Chunks(task, cfg.horizon)
-    files = find_files(task, cfg)
-    for path in files:
-        read_npz(path, sorted)  # is it whole?
-    load_slice = lru_cache(2)(partial(load_data, task=task, env=env, cfg=cfg))
-    data = load_slice(files[0])
-    words = "any goal" if task.has_goals else f"{np.mean(data.masks == 0):.2%} solved"
-    words = f"{len(data.ends):,} rows, {len(np.unique(data.ends)):,} trajectories, {words}"
-    print(f"data    {files[0]}, first of {len(files)}: {words}", flush=True)
-    batch = sample_batch(jax.random.PRNGKey(0), data, replace(cfg, batch_size=1024))
-    envs = make_envs(task, cfg)  # now: this file may be edited while it trains
+    env.step(np.zeros(env.action_space.shape, np.float32))  # what fails, fails before training
 
-    more = files, load_slice, env.sizes, cfg
-    policy = fit("policy", cfg.policy_updates, shared, *more)
-    every = cfg.eval_every or cfg.critic_updates
-    for updates in [*range(every, cfg.critic_updates, every), cfg.critic_updates]:
-        critic = fit("critic", updates, folder, *more)
-        if critic.step > updates:
-            continue  # trained further
-        nets = (policy.average if cfg.average_policy else policy.params) | critic.average
-        actor = dict(updates=updates, policy_updates=int(policy.step))
-        actor |= dict(average_policy=cfg.average_policy, fade=cfg.fade)
-        rows = evaluate(envs, nets, batch, actor, folder / "episodes.csv", env.sizes, cfg)
-        print(f"\n{task.name} after {updates} updates", *table(rows, actor, task), sep="\n")
-    print(f"saved in {folder} and {shared}")
-    envs.close(terminate=True)
+    files = find_files(task, cfg)
+    load_file = lru_cache(1)(partial(load_data, task=task, env=env, cfg=cfg))
+    data = load_file(files[0])
+    last = np.unique(data.ends)  # row of each trajectory
+    N = int(last[-1]) + 1
+    words = f"{N:,} rows, {len(last):,} trajectories"
+    if len(last) == 1:
+        words = f"{N:,} rows, one trajectory (does terminals name all ends?)"
+    words += ", any goal" if task.has_goals else f", {np.mean(data.masks[:N] == 0):.2%} solved"
+    unseen = np.sum((data.rewards[last] != 0) & (data.masks[last] == 1))
+    if cfg.data and unseen:
+        words += f"; rewards of {unseen:,} last rows are not used (no next state, no mask of 0)"
+    print(f"data    {files[0]}, first of {len(files)}: {words}", flush=True)
+    batch = jax.jit(sample_batch, static_argnums=2)(
+        jax.random.PRNGKey(0), data, replace(cfg, batch_size=1024)
+    )
+    del data  # its place is for the next files
+
+    runs = {}
+    for name in LEARNERS:
+        folder = run_folder(name, task, cfg.out, cfg.seed)
+        settings = settings_of(name, task, env.sizes, files, N, cfg)
+        check_settings(folder, settings, cfg.keep)
+        found = [row["updates"] for row in read_csv(folder / "metrics.csv")]
+        print(f"{name:8}{[0, *found][-1]} updates found in {folder}", flush=True)
+        runs[name] = folder, settings
+    code = code_hash("# ====", ESTIMATORS.values())
+    actor = dict(env=task.name, seed=cfg.seed, first_seed=cfg.first_seed)
+    actor["code"] = digest([code, *(settings for _, settings in runs.values())])
+    episodes = run_folder("critic", task, cfg.out, cfg.seed) / "episodes.csv"
+
+    nets = {}
+    for name, (folder, settings) in runs.items():
+        total = getattr(cfg, LEARNERS[name][2])
+        is_last = name == [*LEARNERS][-1]
+        every = cfg.eval_every if is_last and cfg.eval_every else total
+        for updates in [*range(every, total, every), total]:
+            source = files, load_file, env.sizes, cfg
+            state = fit(name, updates, nets, folder, settings, *source)
+            if is_last and state.step == updates:
+                now = actor | dict(updates=updates)
+                acting = nets | state.average
+                played = evaluate(acting, batch, now, episodes, task, env.sizes, cfg)
+                print(f"\n{task.name} after {updates} updates", *table(played, task), sep="\n")
+        nets |= state.average
+    print("saved in", *[folder for folder, _ in runs.values()])
 
 
 if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")
+        stream.reconfigure(errors="replace")  # a terminal may lack Greek letters
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
-    jax.config.update("jax_compilation_cache_dir", f"{Path.home()}/.cache/qgf")
-    jax.config.update("jax_enable_x64", False)
-    warnings.filterwarnings("ignore", message=".*DISPLAY|.*precision lowered")
-    os.environ["PYTHONWARNINGS"] = "ignore"  # in processes
-    os.environ.pop("MUJOCO_GL", None)  # a wrong one stops MuJoCo
-    tempfile.tempdir = "/tmp"  # a socket's name must be short
-    tqdm.monitor_interval = 0
+    jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/qgf"))
     try:
         main()
+    except UserError as e:
+        sys.exit(f"qgf.py: {e}")
     except KeyboardInterrupt:
         sys.exit("stopped: the same command resumes from the last checkpoint")
-    except (OSError, EOFError, gymnasium.error.Error) as e:
-        sys.exit(f"{str(e) or repr(e)} (did a process die?); what was complete is kept")
+
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "jax>=0.10.2", "optax>=0.2.8", "numpy>=2.4", "ogbench>=1.2.2", "gymnasium>=1.4", "tqdm>=4.70"
+# ]
+# [tool.uv]
+# override-dependencies = ["labmaze ; python_version < '3.13'"]
+# ///

@@ -10,36 +10,34 @@
 #   OUT=/big/runs PYTHON=python3.12 ./run_all.sh          another folder of runs, another Python
 #
 # Given again, it resumes what was stopped. It exits with 1, and a list, if a run failed; the others run all the same.
+case ${1:-} in
+  --help | -h) sed -n '3,12s/^# \{0,1\}//p' "$0" && exit ;;
+  --dry-run) dry=1 && shift ;;
+esac
 here=$(cd "$(dirname "$0")" && pwd)
 [ -e "$here/qgf.py" ] || here=$SLURM_SUBMIT_DIR # sbatch runs a copy of this script from elsewhere
-if [ "$1" = --help ] || [ "$1" = -h ]; then sed -n '3,12s/^# \{0,1\}//p' "$0" && exit; fi
-if [ "$1" = --dry-run ]; then dry=1 && shift; fi
-paper=(--policy-updates 500000 --critic-updates 500000 --batch-size 1024 --policy-width 1024 --critic-width 1024 --lr 3e-4 --lr-decay 0 --discount 0.999 --expectile 0.9 --no-sparse)
+paper=(--policy-updates 500000 --critic-updates 500000 --batch-size 1024 --policy-width 1024 --critic-width 1024)
+paper+=(--lr 3e-4 --lr-decay 0 --discount 0.999 --expectile 0.9 --no-sparse)
 case ${1:-} in
-  "") envs="cube-single cube-double scene puzzle-3x3" && options=() && seeds="0 1 2" ;;
-  paper) envs=$(printf '%s\n' {cube-triple,cube-quadruple,puzzle-4x4,scene}-task{1..5}) && options=("${paper[@]}") ;;
+  "") envs="cube-single cube-double scene puzzle-3x3" && seeds="0 1 2" && options=() ;;
+  paper) envs=$(echo {cube-triple,cube-quadruple,puzzle-4x4,scene}-task{1..5}) && options=("${paper[@]}") ;;
   *) envs=$1 && options=() ;;
 esac
-python=${PYTHON:-python} && out=${OUT:-runs} && number=0 && failed=() && more=("${options[@]}" "${@:3}")
+[ -z "$DATA" ] || options+=(--data "$DATA") # qgf.py finds a task's files in this folder
+options+=("${@:3}")
+python=${PYTHON:-python} && out=${OUT:-runs} && number=0 && failed=()
 fail() { echo "run_all.sh: $*" >&2 && exit 1; }
 [ -n "$dry" ] || "$python" -c "" 2>/dev/null || fail "$python does not run: activate the environment, or set PYTHON"
-[ -z "$DATA" ] || [ -d "$DATA" ] || fail "DATA=$DATA is no folder"
 trap 'kill $run_pid 2>/dev/null; wait; fail "interrupted; the same command resumes"' INT TERM
 for env in $envs; do
-  base=${env%-task?} && data=() && kind=-play
-  case $base in *-noisy | *-stitch | *-explore | *-navigate | *-play) kind= ;; *maze* | *soccer*) kind=-navigate ;; esac
-  if [ -n "$DATA" ]; then
-    mapfile -t files < <(compgen -G "$DATA/$base$kind-*" | grep -v -e -val.npz)
-    [ ${#files[@]} -eq 1 ] || fail "DATA: ${#files[@]} match $base$kind-*, not 1: ${files[*]}"
-    data=(--data "${files[0]}")
-  fi
   for seed in ${2:-${seeds:-0}}; do
     if [ -n "$SLURM_ARRAY_TASK_ID" ] && [ "$SLURM_ARRAY_TASK_ID" != "$((number++))" ]; then continue; fi
-    run=("$python" "$here/qgf.py" --env "$env" --seed "$seed" --out "$out" "${data[@]}" "${more[@]}") && ran=1
+    run=("$python" "$here/qgf.py" --env "$env" --seed "$seed" --out "$out" "${options[@]}") && ran=1
     if [ -n "$dry" ]; then printf '%q ' "${run[@]}" && echo && continue; fi
-    "${run[@]}" & run_pid=$!; wait $run_pid || failed+=("$env-s$seed")
+    "${run[@]}" & run_pid=$!
+    wait $run_pid || failed+=("$env-s$seed")
   done
 done
 [ -n "$ran" ] || fail "SLURM_ARRAY_TASK_ID=$SLURM_ARRAY_TASK_ID: the list has $number runs, from 0"
-[ -n "$dry$SLURM_ARRAY_TASK_ID" ] || "$python" "$here/.github/table.py" "$out" || failed+=(table)
+[ -n "$dry$SLURM_ARRAY_TASK_ID" ] || "$python" "$here/.github/tools/table.py" "$out" || failed+=(table)
 [ ${#failed[@]} -eq 0 ] || fail "failed: ${failed[*]}"

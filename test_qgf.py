@@ -3,10 +3,13 @@
 
 import math
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import tomllib
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,10 +24,13 @@ import numpy as np
 import ogbench
 import pytest
 from scipy.integrate import solve_ivp
+from scipy.stats import binomtest
 
 import qgf
 
+HERE = Path(qgf.__file__).parent
 S, G, A, H = 4, 3, 2, 3
+SIZES = (S, G, A)
 CFG = qgf.Config(
     policy_width=16, critic_width=16, depth=1, batch_size=32, horizon=H, denoise_steps=5
 )
@@ -34,31 +40,42 @@ init_state = jax.jit(qgf.init_state, static_argnums=(0, 1, 2))
 
 
 def random_data():
-    """Trajectories of 7, 20, 4 and 29 rows; that of 20 ends with a success."""
+    """Trajectories of 7, 20, 4 and 29 rows, that of 20 with a success at its end; then padding."""
     rng = np.random.default_rng(0)
     last = np.array([6, 26, 30, 59])
     ends = last[np.searchsorted(last, np.arange(60))]
     masks = np.float32(rng.random(60) > 0.2)
     masks[last] = [1, 0, 1, 1]
     starts = [i for i in range(60) if i + H <= ends[i] or (i + H - 1 == ends[i] == 26)]
-    return qgf.Data(
-        observations=np.float32(rng.normal(size=(60, S))),
-        actions=np.float32(rng.uniform(-1, 1, (60, A))),
-        rewards=np.float32(rng.normal(size=60)),
+    columns = dict(
+        observations=rng.normal(size=(60, S)),
+        actions=rng.uniform(-1, 1, (60, A)),
+        rewards=rng.normal(size=60),
         masks=masks,
-        goals=np.float32(rng.normal(size=(60, G))),
-        ends=ends,
-        starts=np.array(starts),
+        goals=rng.normal(size=(60, G)),
     )
+    columns = {
+        name: np.float32(np.append(x, x[-1:].repeat(4, 0), 0)) for name, x in columns.items()
+    }
+    ends = np.append(ends, [59] * 4)
+    padded = np.append(starts, [0] * (64 - len(starts)))
+    return qgf.Data(**columns, ends=ends, starts=padded, chunks=np.int32(len(starts)))
 
 
 DATA = random_data()
+STARTS = DATA.starts[: DATA.chunks]
 BATCH = jax.device_get(sample_batch(KEY, DATA, CFG))
+
+
+def train(learner, state, n, cfg=CFG, data=DATA, others=None):
+    """n updates of a learner by name."""
+    _, loss, option = qgf.LEARNERS[learner]
+    return qgf.train(loss, getattr(cfg, option), state, others or {}, data, n, cfg)
 
 
 def some_state(learner):
     """A State without zeros and ones, whose averages differ from its parameters."""
-    state = jax.device_get(init_state(learner, (S, G, A), CFG))
+    state = jax.device_get(init_state(qgf.LEARNERS[learner][0], SIZES, CFG))
     rng = np.random.default_rng(7)
 
     def noisy(x):
@@ -110,8 +127,8 @@ def finite_differences(f, a):
 # ---- networks
 def test_networks_equal_numpy():
     cfg = replace(CFG, depth=2)
-    policy = init_state("policy", (S, G, A), cfg).params["policy"]
-    critic, v = init_state("critic", (S, G, A), cfg).params.values()
+    policy = init_state(qgf.init_policy, SIZES, cfg).params["policy"]
+    critic, v = init_state(qgf.init_critic, SIZES, cfg).params.values()
     assert ["scale" in layer for layer in policy] == [True, False, False]  # as in the official code
     assert ["scale" in layer for layer in critic] == [True, True, False]
     assert policy[0]["w"].shape == (S + H * A + 16, 16)  # blind to goals
@@ -133,20 +150,7 @@ def test_networks_equal_numpy():
     assert_close(got, want, rtol=1e-3, atol=1e-3)
 
 
-# ---- losses
-def test_policy_loss_equals_numpy():
-    params = some_state("policy").params
-    a_1, T = BATCH.actions, CFG.denoise_steps
-    key_noise, key_time = jax.random.split(KEY)
-    a_0 = np.asarray(jax.random.normal(key_noise, a_1.shape))
-    t = np.asarray(jax.random.randint(key_time, (32, 1), 0, T + 1)) / T
-    assert {*t.ravel()} == {*np.arange(T + 1) / T}
-    v = numpy_velocity(params["policy"], BATCH.observations, (1 - t) * a_0 + t * a_1, t)
-    loss, log = qgf.policy_loss(params, None, BATCH, KEY, CFG)
-    assert loss == pytest.approx(np.mean((v - (a_1 - a_0)) ** 2), rel=1e-4)
-    assert log == dict(policy_loss=loss)
-
-
+# ---- losses, which test_golden.py compares with the official code
 def gaussian_velocity(mu, sigma):
     """The exact flow to N(μ, σ²): E[a_1 - a_0 | a_t]."""
 
@@ -164,7 +168,7 @@ def test_policy_loss_is_least_at_the_gaussians_exact_velocity(monkeypatch):
 
     def loss(shift, tilt):
         monkeypatch.setattr(qgf, "velocity", lambda *x: exact(*x) + shift + tilt * x[2])
-        return float(qgf.policy_loss(dict(policy=None), None, batch, KEY, CFG)[0])
+        return float(qgf.policy_loss(dict(policy=None), {}, {}, batch, KEY, CFG)[0])
 
     t = np.arange(T + 1) / T  # the least loss is the variance of a_1 - a_0 given a_t
     least = sigma**2 / ((1 - t) ** 2 + (t * sigma) ** 2)
@@ -173,30 +177,32 @@ def test_policy_loss_is_least_at_the_gaussians_exact_velocity(monkeypatch):
         assert min(loss(x, 0), loss(0, x)) > loss(0, 0)
 
 
-def test_critic_loss_equals_numpy():
+def test_a_goal_enters_the_critics_loss_as_a_part_of_the_state():
+    """A network that reads s and g is one that reads (s, g), whose loss the golden file has."""
     params, average, *_ = some_state("critic")
     assert {*(BATCH.discounts > 0)} == {True, False}
-    s, g, a = BATCH.observations, BATCH.goals, BATCH.actions
-    q = numpy_q(params["critic"], s, g, a)
-    q_average = numpy_q(average["critic"], s, g, a).min(axis=0)
-    v, v_next = (
-        numpy_mlp(params["value"], np.concatenate([x, g], axis=1))[:, 0]
-        for x in (s, BATCH.next_observations)
+    both, both_next = (
+        np.hstack([s, BATCH.goals]) for s in (BATCH.observations, BATCH.next_observations)
     )
-    q_loss = np.mean((q - BATCH.returns - BATCH.discounts * v_next) ** 2)
-    u = q_average - v
-    assert {*(u < 0)} == {True, False}
-    v_loss = np.mean(np.where(u < 0, 0.05, 0.95) * u**2)
+    joined = BATCH._replace(
+        observations=both, next_observations=both_next, goals=BATCH.goals[:, :0]
+    )
+    loss = jax.jit(qgf.critic_loss, static_argnums=5)
+    assert_close(
+        loss(params, average, {}, BATCH, KEY, CFG),
+        loss(params, average, {}, joined, KEY, CFG),
+        rtol=1e-5,
+    )
+
+
+def test_each_loss_of_the_critic_trains_its_own_network():
+    params, average, *_ = some_state("critic")
 
     def terms(params):
-        loss, log = qgf.critic_loss(params, average, BATCH, KEY, CFG)
-        return log, (loss, log)
+        return qgf.critic_loss(params, average, {}, BATCH, KEY, CFG)[1]
 
-    slopes, (loss, log) = jax.jit(jax.jacrev(terms, has_aux=True))(params)
-    assert loss == pytest.approx(q_loss + v_loss, rel=1e-4)
-    assert_close(log, dict(q_loss=q_loss, v_loss=v_loss, q=q_average.mean()), rtol=1e-4)
     reached = []
-    for term, tree in slopes.items():
+    for term, tree in jax.jit(jax.jacrev(terms))(params).items():
         reached += [(term, x) for x in tree if any(y.any() for y in jax.tree.leaves(tree[x]))]
     assert sorted(reached) == [("q_loss", "critic"), ("v_loss", "value")]
 
@@ -224,8 +230,8 @@ def assert_discounted(batch, k, rewards, masks):
 
 
 def test_chunks_are_those_of_a_brute_force_loop():
-    states = np.arange(60.0)[:, None]  # a state is its row's number
-    data = DATA._replace(observations=states, goals=np.zeros((60, 0)))
+    states = np.arange(64.0)[:, None]  # a state is its row's number
+    data = DATA._replace(observations=states, goals=np.zeros((64, 0)))
     batch = jax.device_get(sample_batch(KEY, data, replace(CFG, batch_size=500)))
     assert batch.goals.shape == (500, 0)
     for k in range(500):
@@ -234,13 +240,13 @@ def test_chunks_are_those_of_a_brute_force_loop():
         assert_same(batch.actions[k], data.actions[i : i + H].ravel())
         if batch.discounts[k]:
             assert batch.next_observations[k] == i + H
-    assert {*batch.observations[:, 0]} == {*data.starts}
+    assert {*batch.observations[:, 0]} == {*STARTS}
 
 
 def test_hindsight_equals_a_brute_force_loop():
-    n, i = 6000, np.arange(60)
+    n, i = 6000, np.arange(64).clip(max=59)  # padding
     pairs = np.float32([i // 2 * 0.8 + i % 2 * 0.39, i % 2 * 0.39]).T  # .39 within, .41 between
-    data = DATA._replace(goals=pairs, observations=np.arange(60.0)[:, None])
+    data = DATA._replace(goals=pairs, observations=np.arange(64.0)[:, None])
     batch = jax.device_get(sample_batch(KEY, data, replace(CFG, batch_size=n)))
     counts, ends = [0, 0, 0, 0], data.ends
     for k in range(n):
@@ -249,39 +255,48 @@ def test_hindsight_equals_a_brute_force_loop():
         masks = [(i + j) // 2 != goal // 2 for j in range(H)]
         assert_discounted(batch, k, [-x for x in masks], masks)
         counts[0 if goal == i else 3 if goal == ends[i] else 1 if i < goal < ends[i] else 2] += 1
-    left = ends[data.starts] - data.starts  # rows to come, the last of which is one
+    left = ends[STARTS] - STARTS  # rows to come, the last of which is one
     later, last = (np.mean(0.5 * x + 0.3 * x * left / 60) for x in (1, 1 / left))
     want = [0.2 + 0.3 / 60, later - last, 0.8 - 0.3 / 60 - later, last]
     assert_close(np.array(counts) / n, want, atol=0.012)
 
 
 # ---- training
-@pytest.mark.slow
 @pytest.mark.parametrize("learner", qgf.LEARNERS)
-def test_training_is_single_updates(learner):
-    fresh, other = (init_state(learner, (S, G, A), replace(CFG, seed=i)) for i in (0, 1))
+def test_a_scan_is_its_single_updates(learner):
+    init = qgf.LEARNERS[learner][0]
+    fresh, other = (init_state(init, SIZES, replace(CFG, seed=i)) for i in (0, 1))
     assert_same(fresh.params, fresh.average)
     assert (jax.tree.leaves(fresh.params)[-1] != jax.tree.leaves(other.params)[-1]).all()
+    whole, log = train(learner, some_state(learner), 3)
+    state, logs = some_state(learner), []
+    for _ in range(3):
+        state, x = train(learner, jax.device_get(state), 1)
+        logs.append(x)
+    assert_close(whole, state, rtol=1e-4, atol=1e-6)
+    assert_close(log, jax.tree.map(lambda *x: np.concatenate(x), *logs), rtol=1e-4)
 
-    scanned, log = qgf.train(learner, some_state(learner), DATA, 4, CFG)
-    two = jax.device_get(qgf.train(learner, some_state(learner), DATA, 2, CFG)[0])
-    assert_same(scanned, qgf.train(learner, two, DATA, 2, CFG)[0])
 
-    gradient = jax.jit(jax.grad(qgf.LEARNERS[learner][1], has_aux=True), static_argnums=4)
-    state = some_state(learner)
-    for i in range(2):
-        params, average, _, key, _ = state
-        key_batch, key_loss = jax.random.split(jax.random.fold_in(key, i))
-        batch = sample_batch(key_batch, DATA, CFG)
-        g, info = jax.device_get(gradient(params, average, batch, key_loss, CFG))
-        assert_close({name: x[i] for name, x in log.items()}, info, rtol=1e-4)
-        state = jax.device_get(qgf.train(learner, state, DATA, 1, CFG)[0])
-        average = jax.tree.map(lambda x, p: 0.995 * x + 0.005 * p, average, params)  # the old ones
-        assert_close(state.average, average, atol=3e-7)
-        if i == 0:  # Adam's first step
-            params = jax.tree.map(lambda p, g: p - 1e-3 * g / (abs(g) + 1e-8), params, g)
-            assert_close(state.params, params, atol=1e-5)
-    assert_close(two, state, rtol=1e-4, atol=1e-5)
+def test_a_third_learner_sees_the_others_and_its_rate_falls(monkeypatch):
+    """Its gradient is 1, so that each of Adam's steps is the rate."""
+
+    def loss(params, average, others, batch, key, cfg):
+        return params["line"].sum(), dict(mine=params["line"][0], theirs=others["policy"])
+
+    def init(key, sizes, cfg):
+        return dict(line=jnp.zeros(1))
+
+    monkeypatch.setitem(qgf.LEARNERS, "line", (init, loss, "policy_updates"))
+    for decay, last in (0.25, 1 - np.arange(25) / 25), (0.0, np.ones(25)):
+        cfg = replace(CFG, policy_updates=100, lr_decay=decay)
+        state, log = train("line", init_state(init, SIZES, cfg), 100, cfg, others=dict(policy=7.0))
+        path = -1e-3 * np.cumsum([0, *np.ones(75), *last])
+        got = np.append(log["mine"], state.params["line"])
+        assert_close(got, path, rtol=1e-4, atol=1e-7)
+        assert (log["theirs"] == 7).all()
+
+
+GRADIENTS = {k: f for k, f in qgf.ESTIMATORS.items() if k not in ("bc", "gradstep")}
 
 
 # ---- a bandit whose actions are near (-.6, 0) or, one time in five, (.6, 0), which is better
@@ -291,12 +306,12 @@ def toy():
     good = rng.random((4000, 1)) < 0.2
     a = np.float32(np.where(good, [0.6, 0], [-0.6, 0]) + rng.normal(0, 0.1, (4000, 2)))
     zeros, rows = np.zeros((4000, 1), np.float32), np.arange(4000)
-    data = qgf.Data(zeros, a, a[:, 0], zeros[:, 0], zeros[:, :0], ends=rows, starts=rows)
+    data = qgf.Data(zeros, a, a[:, 0], zeros[:, 0], zeros[:, :0], rows, rows, np.int32(4000))
     cfg = qgf.Config(policy_width=32, critic_width=32, depth=2, batch_size=128, horizon=1)
     nets = {}
-    for learner in qgf.LEARNERS:
-        state = init_state(learner, (1, 0, 2), cfg)
-        nets |= qgf.train(learner, state, data, 1200, cfg)[0].average
+    for learner, (init, _, _) in qgf.LEARNERS.items():
+        state = init_state(init, (1, 0, 2), cfg)
+        nets |= train(learner, state, 1200, cfg, data, nets)[0].average
     return nets, cfg
 
 
@@ -309,9 +324,9 @@ def test_a_toy_bandit_is_solved(toy):
         s, g = jnp.zeros((500, 1)), jnp.zeros((500, 0))
         return (qgf.sample_actions(nets, s, g, a_0, w, method, cfg)[0][:, 0] > 0).mean()
 
-    assert 0.1 < good(1, 0.0, "bc") < 0.35  # a fifth, as in the data
-    assert good(1, 10.0, "qgf") > 0.9
-    assert good(32, 0.0, "bc") > 0.95
+    assert 0.1 < good(1, 0.0, qgf.bc) < 0.35  # a fifth, as in the data
+    assert good(1, 10.0, qgf.qgf) > 0.9
+    assert good(32, 0.0, qgf.bc) > 0.95
 
 
 @pytest.mark.slow
@@ -327,7 +342,7 @@ def test_the_gradients_point_the_right_way(toy):
 
     @jax.jit
     def estimates(a, t):
-        found = {name: f(q, flow, a, t, flow(a, t), T) for name, f in qgf.GUIDANCE.items()}
+        found = {name: f(q, flow, a, t, flow(a, t), T) for name, f in GRADIENTS.items()}
         return {name: d / jnp.linalg.norm(d, axis=1, keepdims=True) for name, d in found.items()}
 
     agrees, shakes, helps = {}, {}, {}
@@ -389,7 +404,7 @@ def test_estimators_equal_finite_differences():
 
     @jax.jit
     def estimate(a, t):
-        estimates = {name: f(q, flow, a, t, flow(a, t), 5) for name, f in qgf.GUIDANCE.items()}
+        estimates = {name: f(q, flow, a, t, flow(a, t), 5) for name, f in GRADIENTS.items()}
         return estimates, qgf.integrate(flow, a, t, 5)
 
     got, got_end = estimate(a, t)
@@ -399,54 +414,50 @@ def test_estimators_equal_finite_differences():
 
 def test_no_weight_is_bc_and_another_weight_compiles_nothing():
     nets, *rest = sampling(6)
-    bc, _ = qgf.sample_actions(nets, *rest, 1.0, "bc", CFG)
-    assert_same(qgf.sample_actions(nets, *rest, 0.0, "qgf", CFG)[0], bc)
+    bc, _ = qgf.sample_actions(nets, *rest, 1.0, qgf.bc, CFG)
+    assert_same(qgf.sample_actions(nets, *rest, 0.0, qgf.qgf, CFG)[0], bc)
     compiled = qgf.sample_actions._cache_size()
-    assert (qgf.sample_actions(nets, *rest, 0.123, "qgf", CFG)[0] != bc).any()
+    assert (qgf.sample_actions(nets, *rest, 0.123, qgf.qgf, CFG)[0] != bc).any()
     assert qgf.sample_actions._cache_size() == compiled
 
 
-@pytest.mark.parametrize("method", qgf.METHODS)
+@pytest.mark.parametrize("method", qgf.ESTIMATORS)
 def test_every_method_is_its_plain_loop_and_best_of_2(method):
-    """Without fade, qgf is the paper's update."""
     nets, s, g, a_0 = sampling(6, N=2)
     q, flow = closures(nets, s, g)
     uphill = jax.jit(jax.grad(lambda a: q(a).sum()))
-    estimate = qgf.GUIDANCE.get(method, lambda q, flow, a_t, t, v, T: 0)
+    estimate = GRADIENTS.get(method, lambda q, flow, a_t, t, v, T: 0)
     estimate = jax.jit(partial(estimate, q, flow, T=5))
-    for fade in (True, False):
-        candidates = []
-        for n in range(2):
-            a = a_0[:, n]
-            for i in range(5):
-                t = np.full((6, 1), i / 5)
-                c = (1 - t) / ((1 - t) ** 2 + t**2) if fade else 1
-                v = flow(a, t)
-                a = a + np.array(v + 0.1 * c * estimate(a, t, v)) / 5
-            a = np.clip(a, -1, 1)
-            for _ in range(qgf.ASCENTS if method == "gradstep" else 0):
-                a = np.clip(a + 0.1 * np.array(uphill(a)), -1, 1)
-            candidates.append(a)
-        best = np.argmax([q(a) for a in candidates], axis=0)
-        assert 0 < best.sum() < 6  # either is the better one somewhere
-        got, _ = qgf.sample_actions(nets, s, g, a_0, 0.1, method, replace(CFG, fade=fade))
-        assert_close(got, np.array(candidates)[best, np.arange(6)], atol=1e-4)
+    candidates = []
+    for n in range(2):
+        a = a_0[:, n]
+        for i in range(5):
+            t = np.full((6, 1), i / 5)
+            v = flow(a, t)
+            a = a + np.array(v + 0.3 * estimate(a, t, v)) / 5
+        a = np.clip(a, -1, 1)
+        for _ in range(3 if method == "gradstep" else 0):
+            a = np.clip(a + 0.1 * np.array(uphill(a)), -1, 1)  # together, they push by .3
+        candidates.append(a)
+    best = np.argmax([q(a) for a in candidates], axis=0)
+    assert 0 < best.sum() < 6  # either is the better one somewhere
+    got, _ = qgf.sample_actions(nets, s, g, a_0, 0.3, qgf.ESTIMATORS[method], CFG)
+    assert_close(got, np.array(candidates)[best, np.arange(6)], atol=1e-4)
 
 
-@pytest.mark.parametrize("method", [*qgf.GUIDANCE, "gradstep"])
-def test_relative_weight_of_a_linear_critic(monkeypatch, method):
+def test_relative_weight_of_a_linear_critic(monkeypatch):
     """∇Q is x everywhere: all pushes together have the rms λ, whatever the size of x."""
     x = np.float32([1, -2, 0.5, 3, 0, 1])
     monkeypatch.setattr(jax.random, "normal", lambda key, shape: jnp.zeros(shape))  # no clipping
     policy = [dict(w=jnp.zeros((S + 6 + 16, 6)), b=jnp.zeros(6))]  # stays there
-    for size in (1.0, 10.0, 1e-4):
-        w = np.concatenate([np.ones(S + G), size * x]).astype(np.float32)
-        nets = dict(policy=policy, critic=[dict(w=np.stack([w, w])[..., None], b=np.zeros((2, 1)))])
-        got = qgf.relative_weight(0.5, nets, BATCH, method, CFG)
-        push = got * size * np.sqrt(np.mean(x**2))
-        if method == "gradstep":
-            push *= 10 * qgf.ASCENTS
-        assert push == pytest.approx(0.5, rel=1e-4)
+    for name, method in qgf.ESTIMATORS.items():
+        for size in (1.0, 1e-4):
+            w = np.concatenate([np.ones(S + G), size * x]).astype(np.float32)
+            critic = [dict(w=np.stack([w, w])[..., None], b=np.zeros((2, 1)))]
+            nets = dict(policy=policy, critic=critic)
+            got = qgf.relative_weight(0.5, nets, BATCH, method, CFG)
+            push = got * size * np.sqrt(np.mean(x**2))
+            assert push == pytest.approx(0 if name == "bc" else 0.5, rel=1e-4)
 
 
 def test_relative_weight_is_lambda_over_the_rms():
@@ -459,7 +470,7 @@ def test_relative_weight_is_lambda_over_the_rms():
         v = flow(a, t)
         squares.append(np.square(qgf.qgf(q, flow, a, t, v, 5)).mean())
         a = a + v / 5
-    w = qgf.relative_weight(0.1, nets, BATCH, "qgf", CFG)
+    w = qgf.relative_weight(0.1, nets, BATCH, qgf.qgf, CFG)
     assert w == pytest.approx(0.1 / np.sqrt(np.mean(squares)), rel=1e-4)
 
 
@@ -474,18 +485,8 @@ def guided(monkeypatch, q, velocity, w, a_0, method, **changes):
     return run(nets, s, s, a_0[:, None], w, method, replace(CFG, **changes))[0]
 
 
-@pytest.mark.parametrize("w", [0.3, 1.0, 2.0])
-def test_qgf_is_exact_for_a_linear_critic(monkeypatch, w):
-    """N(0, I) tilted by w Q is N(w g, I): each sample moves by w g, so the variance stays."""
-    g = np.float32([0.3, -0.2])
-    a_0 = np.float32(np.random.default_rng(0).uniform(-0.35, 0.35, (20, 2)))
-    flow = gaussian_velocity(0, 1)
-    a = guided(monkeypatch, lambda a: a @ g, flow, w, a_0, "qgf", denoise_steps=2000)
-    assert_close(a, a_0 + w * g, atol=2e-3)
-
-
-@pytest.mark.parametrize("method", qgf.GUIDANCE)
-def test_without_fade_a_gaussian_goes_where_each_methods_ode_says(monkeypatch, method):
+@pytest.mark.parametrize("method", GRADIENTS)
+def test_a_gaussian_goes_where_each_methods_ode_says(monkeypatch, method):
     mu, sigma, w, k, aim = 0.1, 0.2, 0.3, 2.0, 0.4
     a_0 = np.linspace(-2, 2, 9)
 
@@ -508,19 +509,17 @@ def test_without_fade_a_gaussian_goes_where_each_methods_ode_says(monkeypatch, m
 
     T = 200 if method == "bptt" else 1000
     flow, noise = gaussian_velocity(mu, sigma), np.float32(a_0)[:, None]
-    got = guided(monkeypatch, q, flow, w, noise, method, denoise_steps=T, fade=False)
+    got = guided(monkeypatch, q, flow, w, noise, GRADIENTS[method], denoise_steps=T)
     assert_close(got[:, 0], want, atol=4 / T)
 
 
-SIZES = (4, 0, 2)
-TINY = qgf.Config(policy_width=8, critic_width=8, depth=1, batch_size=8, horizon=3)
-TINY = replace(TINY, policy_updates=1300, critic_updates=1300)
-ENV = SimpleNamespace(sizes=SIZES, low=np.full(2, -1.0), high=np.ones(2), unwrapped=None)
+# ---- data
 TASK, GOAL, OWN = map(qgf.find_task, ("cube-single-task1", "cube-single", "Pendulum-v1"))
+TINY = replace(CFG, horizon=3, batch_size=8, policy_updates=1300, critic_updates=1300)
+ENV = SimpleNamespace(sizes=(4, 0, 2), low=np.full(2, -1.0), high=np.ones(2), unwrapped=None)
 COLLECTED = ".ogbench/data/cube-single-play-v0-collected-2000.npz"
 
 
-# ---- data
 def raw_data(**changes):
     """A file's arrays: trajectories of 7, 2 and 20 rows; the last one ends with a success."""
     rng = np.random.default_rng(0)
@@ -531,9 +530,16 @@ def raw_data(**changes):
     return {name: x for name, x in (raw | changes).items() if x is not None}
 
 
-def write(folder, **changes):
-    np.savez(folder / "d.npz", **raw_data(**changes))
-    return folder / "d.npz"
+def write(folder, name="d.npz", **changes):
+    np.savez(folder / name, **raw_data(**changes))
+    return folder / name
+
+
+def load(folder, task=TASK, env=ENV, cfg=TINY, **changes):
+    """Data of such a file, without its padding."""
+    data = jax.device_get(qgf.load_data(write(folder, **changes), task, env, cfg))
+    assert {len(x) for x in data[:-1]} == {32} and data.ends[-1] == 28
+    return qgf.Data(*(x[:29] for x in data[:6]), data.starts[: data.chunks], data.chunks)
 
 
 def save_rows(path, names, rows):
@@ -572,50 +578,57 @@ def test_names_of_tasks():
     assert OWN == ("Pendulum-v1", "Pendulum-v1", "", False)
 
 
-def test_other_names_are_refused():
-    names = "cube-duble", "visual-cube-single-play-v0", "halfcheetah-medium-v2", "cube-single-task9"
-    for name in names:
-        with pytest.raises(qgf.UserError, match=name) as e:
-            qgf.find_task(name)
-        assert name != "cube-duble" or "cube-double-v0" in str(e.value)
+@pytest.mark.parametrize(
+    "name",
+    ["cube-duble", "visual-cube-single", "halfcheetah-medium-v2", "cube-single-task9", "no:A-v0"],
+)
+def test_other_names_are_refused(name):
+    with pytest.raises(qgf.UserError, match=rf"^--env {name}.*\Z"):
+        qgf.find_task(name)
 
 
 def test_chunks_stay_in_a_trajectory_and_need_no_state_after_a_success(tmp_path):
-    data = qgf.load_data(write(tmp_path), TASK, ENV, TINY)
+    data = load(tmp_path)
     assert data.ends.tolist() == [6] * 7 + [8] * 2 + [28] * 20
     assert data.starts.tolist() == [0, 1, 2, 3, *range(9, 27)]  # 26: the chunk ends with the task
-    data = qgf.load_data(write(tmp_path, masks=None), TASK, ENV, replace(TINY, sparse=True))
+    data = load(tmp_path, masks=None)
     assert data.starts[-1] == 25 and data.masks.all()
-    np.testing.assert_array_equal(data.rewards, np.float32(raw_data()["rewards"]))  # your own
+    assert_same(data.rewards, np.float32(raw_data()["rewards"]))
+    data = load(tmp_path, cfg=replace(TINY, sparse=True))
+    assert_same(data.rewards, -np.float32(raw_data()["masks"]))
 
 
 def test_d4rls_terminals_are_successes_and_its_timeouts_ends(tmp_path):
     timeouts, terminals = np.zeros((2, 29), bool)
     timeouts[6] = terminals[8] = True
-    path = write(tmp_path, terminals=terminals, timeouts=timeouts, masks=None)
-    data = qgf.load_data(path, TASK, ENV, replace(TINY, horizon=2))
+    changes = dict(terminals=terminals, timeouts=timeouts[:, None], masks=None)
+    data = load(tmp_path, cfg=replace(TINY, horizon=2), **changes, next_observations=np.zeros(29))
     assert np.unique(data.ends).tolist() == [6, 8, 28]
     assert np.flatnonzero(data.masks == 0).tolist() == [8]
     assert data.starts.tolist() == [0, 1, 2, 3, 4, 7, *range(9, 27)]
 
 
 def test_actions_of_your_own_environment_are_rescaled(tmp_path):
-    env = SimpleNamespace(sizes=SIZES, low=np.float32([-2, 0]), high=np.float32([2, 4]))
+    env = SimpleNamespace(sizes=(4, 0, 2), low=np.float32([-2, 0]), high=np.float32([2, 4]))
     actions = np.resize(np.float32([[-2, 0], [2, 4], [1, 2]]), (29, 2))
-    data = qgf.load_data(write(tmp_path, actions=actions), OWN, env, TINY)
-    np.testing.assert_allclose(data.actions[:3], [[-1, -1], [1, 1], [0.5, 0]])
+    data = load(tmp_path, OWN, env, actions=actions)
+    assert_close(data.actions[:3], np.array([[-1, -1], [1, 1], [0.5, 0]]))
 
 
 @pytest.mark.parametrize(
     "words, changes",
     [
-        ("masks", dict(masks=np.full(29, 0.5))),
-        (r"observations .*\(30, 4\).*\(29, 4\)", dict(observations=np.zeros((30, 4)))),
-        ("observations has", dict(observations=np.full((29, 4), np.nan))),
+        ("masks must be 0 or 1", dict(masks=np.full(29, 0.5))),
+        ("terminals must be 0 or 1", dict(terminals=np.full(29, np.nan))),
+        (r"observations has .*\(30, 4\)", dict(observations=np.zeros((30, 4)))),
+        ("observations has NaN", dict(observations=np.full((29, 4), np.nan))),
         (r"actions .*\(29, 3\).*\(29, 2\)", dict(actions=np.zeros((29, 3)))),
-        ("actions .*range", dict(actions=np.full((29, 2), 1.1))),
-        ("terminals", dict(terminals=np.zeros(5))),
-        ("KeyError", dict(terminals=None)),
+        ("actions leave the range", dict(actions=np.full((29, 2), 1.1))),
+        ("terminals has", dict(terminals=np.zeros((29, 2)))),
+        ("column terminals, only observations", dict(terminals=None)),
+        ("truncations is not understood", dict(truncations=np.zeros(29))),
+        ("rewards holds no numbers", dict(rewards=np.array(["a"] * 29))),
+        ("no whole .npz of numbers", dict(rewards=np.array([0, "a"] * 14 + [{}], object))),
         ("--horizon", dict(terminals=np.ones(29))),
     ],
 )
@@ -624,36 +637,33 @@ def test_data_that_do_not_fit_are_refused(tmp_path, words, changes):
         qgf.load_data(write(tmp_path, **changes), TASK, ENV, TINY)
 
 
+def test_what_does_not_matter_is_not_read(tmp_path):
+    load(tmp_path, infos=np.array([0, "a"] * 14 + [{}], object), last_names=np.zeros(3))
+
+
 def test_files_that_are_not_whole_are_refused(tmp_path):
     path = write(tmp_path)
     for content in (path.read_bytes()[:2000], b"<html>not found</html>", b""):
         path.write_bytes(content)
-        with pytest.raises(qgf.UserError, match=r"d\.npz is cut off"):
+        with pytest.raises(qgf.UserError, match=r"d\.npz is no whole .npz"):
             qgf.load_data(path, TASK, ENV, TINY)
 
 
-def test_rewards_of_a_task_are_those_of_ogbench(home, monkeypatch):
+def test_rewards_of_a_task_are_those_of_ogbench(home, tmp_path):
     env = qgf.Chunks(qgf.find_task("cube-single-task2"), 5)
     env.reset(seed=1)
-    raw = qgf.read_npz(home / COLLECTED)
+    with np.load(home / COLLECTED) as file:
+        raw = dict(file)
     raw["qpos"][10:20, 14:17] = env.unwrapped._data.mocap_pos  # where the cube shall go
-    data = qgf.read_transitions(raw, env.task, env, replace(TINY, horizon=5))
+    np.savez(tmp_path / "d.npz", **raw)
+    data = qgf.load_data(tmp_path / "d.npz", env.task, env, replace(TINY, horizon=5))
     assert np.flatnonzero(data.rewards == 0).tolist() == list(range(10, 20))
-    np.testing.assert_array_equal(data.masks, -data.rewards)
-
-    def relabel(env_id, env, raw):
-        raw |= dict(rewards=raw["masks"] - 3)
-
-    monkeypatch.setattr(ogbench.relabel_utils, "relabel_dataset", relabel)
-    for sparse, want in (False, raw_data()["masks"] - 3), (True, -raw_data()["masks"]):
-        cfg = replace(TINY, sparse=sparse)
-        data = qgf.read_transitions(raw_data(rewards=None), TASK, ENV, cfg)
-        np.testing.assert_array_equal(data.rewards, want)
+    assert_same(data.masks, -data.rewards)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["cube-double", "scene"])
-def test_goals_in_data_are_those_that_the_environment_gives(name):
+def test_goals_in_data_are_those_that_the_environment_gives(name, tmp_path):
     env = qgf.Chunks(qgf.find_task(name), 1)
     inner, oracle, raw = env.unwrapped, env.unwrapped.compute_oracle_observation, {}
 
@@ -661,50 +671,60 @@ def test_goals_in_data_are_those_that_the_environment_gives(name):
         row = dict(qpos=inner._data.qpos.copy(), observations=inner.compute_observation())
         row |= dict(button_states=np.copy(getattr(inner, "_cur_button_states", 0)))
         row |= dict(actions=np.zeros(5), terminals=0)
-        raw.update({k: np.array([x] * 3) for k, x in row.items()})
+        raw.update({k: np.array([x] * 4) for k, x in row.items()})
         return oracle()
 
     inner.compute_oracle_observation = spy
     env.reset(seed=2)
-    data = qgf.read_transitions(raw, env.task, env, replace(TINY, horizon=1))
-    np.testing.assert_allclose(data.goals, [env.goal] * 3, atol=1e-5)
+    np.savez(tmp_path / "d.npz", **raw)
+    data = qgf.load_data(tmp_path / "d.npz", env.task, env, replace(TINY, horizon=1))
+    assert_close(data.goals, np.array([env.goal] * 4), atol=1e-5)
 
 
 def test_where_data_come_from(tmp_path, monkeypatch, capsys):
     official = tmp_path / "cube-single-play-v0.npz"
     collected = tmp_path / "cube-single-play-v0-collected-7.npz"
-    calls, online, status = [], True, 0
+    calls = []
+    fault = None
 
     def download(names, folder):
         calls.append(names)
-        if not online:
-            raise OSError("no route to host")
-        official.touch()
+        if isinstance(fault, Exception):
+            raise fault
+        official.write_text(fault) if fault else write(tmp_path, official.name)
 
     def run(command, check):
         calls.append([str(x) for x in command[1:]])
+        write(tmp_path, collected.name)
         return SimpleNamespace(returncode=status)
 
     def find():
         calls.clear()
         return qgf.find_files(TASK, replace(TINY, collect=7))
 
-    monkeypatch.setattr(qgf, "DATA_DIR", tmp_path)
+    monkeypatch.setattr(qgf, "DATA", tmp_path)
     monkeypatch.setattr(ogbench, "download_datasets", download)
     monkeypatch.setattr(subprocess, "run", run)
     names = ["cube-single-play-v0"]
+    status = 0
     assert find() == [official] and calls == [names]
-    collected.touch()
     assert find() == [official] and not calls
-    official.unlink()
-    assert find() == [collected] and not calls
-    collected.unlink()
-    online = False
-    assert find() == [collected]
-    assert calls == [names, [str(qgf.COLLECT), *names, "7", str(collected)]]
+    official.write_text("<html>")  # which an earlier download has left
+    assert find() == [official] and calls == [names]
+    for fault in (OSError("no route to host"), "<html>"):  # noqa: B007 (download raises it)
+        for path in (official, collected):
+            path.unlink(missing_ok=True)
+        assert find() == [collected] and not official.exists()
+        assert calls == [names, [str(qgf.COLLECT), *names, "7", str(collected)]]
+        assert find() == [collected] and not calls
     assert "no route to host" in capsys.readouterr().out
+    collected.unlink()
     status = 1
     with pytest.raises(qgf.UserError, match="--data"):
+        find()
+    monkeypatch.setattr(qgf, "COLLECT", tmp_path / "none.py")
+    collected.unlink()
+    with pytest.raises(qgf.UserError, match=r"none\.py is missing: clone"):
         find()
 
 
@@ -712,12 +732,21 @@ def test_your_own_files(tmp_path):
     def find(path, task=TASK):
         return [x.name for x in qgf.find_files(task, replace(TINY, data=str(path)))]
 
+    sets = tmp_path / "sets/cube-single-play-100m-v0"
+    for folder in (tmp_path / "slices", sets):
+        folder.mkdir(parents=True)
     for name in ("b.npz", "a.npz", ".a.npz", "a-val.npz", "a.txt"):
-        (tmp_path / name).touch()
-    assert find(tmp_path) == ["a.npz", "b.npz"] and find(tmp_path / "b.npz") == ["b.npz"]
-    with pytest.raises(qgf.UserError, match=r"c\.npz"):
-        find(tmp_path / "c.npz")
-    with pytest.raises(qgf.UserError, match="--data"):
+        (tmp_path / "slices" / name).touch()
+    for path in (sets / "cube-single-play-100m-v0-0.npz", sets.parent / "scene-play-v0.npz"):
+        path.touch()
+    for task in (TASK, OWN):
+        assert find(tmp_path / "slices", task) == ["a.npz", "b.npz"]
+        assert find(tmp_path / "slices/b.npz", task) == ["b.npz"]
+    assert find(sets.parent) == find(sets) == ["cube-single-play-100m-v0-0.npz"]
+    (sets.parent / "cube-single-play-v0.npz").touch()
+    with pytest.raises(qgf.UserError, match="more than one"):
+        find(sets.parent)
+    with pytest.raises(qgf.UserError, match=r"Pendulum-v1 .* --data"):
         find("", OWN)
 
 
@@ -746,18 +775,18 @@ def test_every_episode_is_played_once_and_as_if_it_were_alone(monkeypatch):
     """Actions are of noise and state; the return tells episodes apart."""
 
     def act(nets, s, g, a_0, w, method, cfg):
-        return jnp.array(nets[method] * w * a_0[:, -1] + s[:, -1:] - g[:, :1]), 0.0
+        return jnp.array(nets[method.__name__] * w * a_0[:, -1] + s[:, -1:] - g[:, :1]), 0.0
 
     monkeypatch.setattr(qgf, "sample_actions", act)
     *three, one = [qgf.Chunks(GOAL, 5, max_episode_steps=22) for _ in range(4)]  # 4 chunks and 2/5
     monkeypatch.setattr(type(one.unwrapped), "compute_reward", lambda self: self._data.qpos.sum())
-    cfg = replace(TINY, episodes=7, horizon=5)
+    cfg = replace(TINY, episodes=7, horizon=5, first_seed=5_000_000)
     results = qgf.rollout(Envs(three), dict(qgf=2.0), 0.05, "qgf@2", one.sizes, cfg)
     goals = []
     for i in range(7):
-        x, _ = one.reset(seed=qgf.FIRST_SEED + i)
+        x, _ = one.reset(seed=5_000_000 + i)
         goals.append((one.unwrapped.cur_task_id, *one.goal))
-        rng, over = np.random.default_rng(i), False
+        rng, over = np.random.default_rng(5_000_000 + i), False
         while not over:
             noise = np.float32(rng.standard_normal((2, 25)))[-1]
             x, _, over, _, info = one.step((0.1 * noise + x[27] - x[28]).reshape(5, 5))
@@ -777,6 +806,30 @@ def test_an_environment_without_success_gives_its_return():
     np.testing.assert_allclose(info["episode"], [math.nan, total, 200], rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "words, space",
+    [
+        ("finite ranges", gymnasium.spaces.Box(-np.inf, np.inf, (2,))),
+        ("finite ranges", gymnasium.spaces.Box(-3e38, 3e38, (2,))),
+        ("finite ranges", gymnasium.spaces.Box(0, 255, (2,), np.uint8)),
+        ("finite ranges", gymnasium.spaces.Box(np.float32([0, 1]), np.float32([1, 1]))),
+        ("no vector", gymnasium.spaces.Discrete(2)),
+        ("no vector", gymnasium.spaces.Box(-1, 1, (2, 2))),
+    ],
+)
+def test_environments_that_do_not_fit_are_refused(monkeypatch, words, space):
+    class Odd(gymnasium.Env):
+        observation_space = gymnasium.spaces.Box(-1, 1, (3,))
+        action_space = space
+
+    gymnasium.register("Odd-v0", Odd, max_episode_steps=9)
+    gymnasium.register("Endless-v0", lambda: gymnasium.make("Pendulum-v1").unwrapped)
+    with pytest.raises(qgf.UserError, match=f"--env Odd-v0.*{words}"):
+        qgf.Chunks(qgf.find_task("Odd-v0"), 3)
+    with pytest.raises(qgf.UserError, match="Endless-v0 may never end"):
+        qgf.Chunks(qgf.find_task("Endless-v0"), 3)
+
+
 # ---- rows and the table
 def fake_rollout(monkeypatch):
     """Each call of rollout and its nets, from now on; all episodes are won."""
@@ -788,144 +841,183 @@ def fake_rollout(monkeypatch):
 
     monkeypatch.setattr(qgf, "rollout", rollout)
     monkeypatch.setattr(qgf, "relative_weight", lambda guidance, *_: 10 * guidance)
+    monkeypatch.setattr(qgf, "make_envs", lambda *_: SimpleNamespace(close=lambda terminate: None))
     return played
 
 
 def test_only_rows_that_lack_are_played(tmp_path, monkeypatch):
-    played, path = fake_rollout(monkeypatch), tmp_path / "episodes.csv"
+    played = fake_rollout(monkeypatch)
 
     def evaluate(updates=300, episodes=4, **changes):
         played.clear()
         cfg = replace(TINY, episodes=episodes, **changes)
-        actor = dict(updates=updates, policy_updates=jnp.int32(100), fade=cfg.fade)
-        rows = qgf.evaluate(None, None, None, actor, path, SIZES, cfg)
-        return len(rows), [f"{method} {w}" for method, w, _ in played]
+        actor = dict(updates=updates, code="abc", first_seed=cfg.first_seed)
+        found = qgf.evaluate(None, None, actor, tmp_path / "episodes.csv", TASK, SIZES, cfg)
+        assert {x.shape for x in found.values()} == {(2, 4)} or episodes != 4
+        return [f"{method} {w}" for method, w, _ in played], [*found]
 
-    both = ["bc 0.0", "qgf 10.0"]
-    assert evaluate() == (8, both) and evaluate() == evaluate(episodes=3) == (8, [])
-    new = ["qgf 0.5", "bptt 10.0", "bptt 0.5", "bc@2 0.0"]
-    assert evaluate(methods=("qgf", "bptt", "bc@2"), weights=(0.5,)) == (24, new)
-    assert evaluate(fade=False) == (32, both) and evaluate(400) == (40, both)
-    assert evaluate(400, episodes=6) == (44, both)
-
-
-def rows_of(method, wins, n, guidance=0.0, weight=0.0, updates=300, more=0.0):
-    """Rows of n episodes; the first ones are won."""
-    key = dict(updates=updates, method=method, guidance=guidance, weight=weight)
-    won = [math.nan if wins is None else float(i < wins) for i in range(n)]
-    rows = [key | {"success": x, "return": more - i} for i, x in enumerate(won)]
-    return [{k: str(x) for k, x in row.items()} for row in rows]
+    both = ["bc 0.0", "qgf 3.0"]
+    assert evaluate() == (both, [("bc", ""), ("qgf", "λ 0.3")])
+    assert evaluate()[0] == evaluate(episodes=3)[0] == []
+    new = ["qgf 0.5", "bptt 3.0", "bptt 0.5", "bc@2 0.0"]
+    assert evaluate(methods=("qgf", "bptt", "bc@2"), weights=(0.5,))[0] == new
+    assert evaluate(400)[0] == evaluate(400, episodes=6)[0] == evaluate(first_seed=7)[0] == both
+    rows = qgf.read_csv(tmp_path / "episodes.csv")
+    assert len(rows) == 8 + 16 + 12 + 8 and rows[0]["w"] == "0" and rows[4]["w"] == "3"
 
 
-def test_the_table_has_wilsons_interval_and_the_paired_gain():
-    rows = rows_of("bc", 10, 50) + rows_of("bc", 50, 50, updates=200)
-    rows += rows_of("qgf", 40, 50, 0.5) + rows_of("qgf", 8, 20, weight=0.25)
-    lines = qgf.table(rows, dict(updates=300), GOAL)
-    z, p, n = 1.959964, 0.8, 50
-    centre = p + z * z / 2 / n
-    half = z * math.sqrt(p * (1 - p) / n + z * z / 4 / n / n)
-    low, high = (x / (1 + z * z / n) for x in (centre - half, centre + half))
-    assert f"qgf λ 0.5 50 0.80 [{low:.2f}, {high:.2f}]" in " ".join(lines[2].split())
-    assert f"+0.60 ± {z * math.sqrt(0.6 * 0.4 / 50):.2f} " in lines[2]  # of 30 ones, 20 zeros
-    assert lines[1].split()[:3] == ["bc", "50", "0.20"] and "+" not in lines[1]
-    assert "w 0.25" in lines[3] and "-0.10 ± " in lines[3]  # over the first 20 episodes of bc
-    assert lines[3].endswith(" 0.50 0.50 0.50 0.25 0.25")  # by goal
-    assert "Guidance helped: qgf" in lines[4] and "+0.60" in lines[4]
+def played(wins, n, total=0.0):
+    """Success and return of n episodes; the first ones are won."""
+    success = np.full(n, math.nan) if wins is None else np.arange(n) < wins
+    return np.array([success, total - np.arange(n)], float)
+
+
+def test_the_table_counts_wins_and_losses_against_bc():
+    found = {
+        ("bc", ""): played(10, 50),
+        ("qgf", "λ 0.5"): played(40, 50),
+        ("bc@4", ""): played(8, 20),
+    }
+    lines = qgf.table(found, GOAL)
+    assert lines[1].split() == ["bc", "50", "0.20", *5 * ["0.20"]]
+    p = 2 * 0.5**30
+    assert lines[2].split() == ["qgf", "λ", "0.5", "50", "0.80", "30:0", f"{p:.2g}", *5 * ["0.80"]]
+    assert lines[3].split()[:5] == ["bc@4", "20", "0.40", "0:2", "0.5"]
+    words = "qgf wins 30 and loses 0 of 50 episodes against bc"
+    assert lines[4] == f"Guidance helped: {words} (p = {p:.2g})."
     assert len(lines) == 5 and max(map(len, lines)) <= 90
-    for wins in (20, 21, 3):
-        rows = rows_of("bc", 20, 50) + rows_of("qgf", wins, 50, 1.0)
-        assert "did not help: qgf" in qgf.table(rows, dict(updates=300), TASK)[-1]
+    for wins, verdict in (20, "No significant"), (25, "No significant"), (3, "Guidance did harm"):
+        found = {("bc", ""): played(20, 50), ("qgf", "w 1"): played(wins, 50)}
+        assert qgf.table(found, TASK)[-1].startswith(verdict)
+    found = {("bc", ""): played(0, 5), ("qgf", "λ 1"): played(5, 5), ("bc@4", ""): played(5, 5)}
+    assert qgf.table(found, TASK)[-1].startswith("No significant")  # of five episodes
+    del found["qgf", "λ 1"]
+    assert len(qgf.table(found, TASK)) == 3  # nothing was guided
 
 
 def test_without_success_the_return_is_compared():
-    rows = rows_of("bc", None, 6) + rows_of("qgf", None, 4, 1.0, more=2.5)
-    lines = qgf.table(rows, dict(updates=300), OWN)
+    lines = qgf.table({("bc", ""): played(None, 6), ("qgf", "λ 1"): played(None, 6, 2.5)}, OWN)
     assert lines[1].split() == ["bc", "6", "-2.5"] and "nan" not in "".join(lines)
-    assert "+2.50 ± 0.00" in lines[2] and lines[2].endswith(" 1.0") and "helped" in lines[3]
+    assert lines[2].split()[4:] == ["6:0", "0.031", "0.0"] and "helped" in lines[3]
 
 
 # ---- runs
+def settings(**changes):
+    return dict(lr=1e-3, data="a", code="abc") | changes
+
+
 def some_data(path):
-    return qgf.read_transitions(raw_data(rewards=np.full(29, ord(path.name))), OWN, ENV, TINY)
+    rng = np.random.default_rng(ord(path.name))
+    return DATA._replace(rewards=np.float32(rng.normal(size=64)))
 
 
-def fit(folder, updates, learner="policy", sizes=SIZES, files="ab", load=some_data, **changes):
+def fit(folder, updates, learner="policy", files="ab", load_file=some_data, words=None, **changes):
     cfg = replace(TINY, **changes)
-    return qgf.fit(learner, updates, folder, [*map(Path, files)], load, sizes, cfg)
+    source = [*map(Path, files)], load_file, SIZES, cfg
+    return qgf.fit(learner, updates, {}, folder, words or settings(), *source)
 
 
 def files_of(folder):
     return {x.name: x.read_bytes() for x in folder.iterdir()}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("learner", ["policy", "critic"])
-def test_a_run_that_stops_goes_on_bitwise_or_says_what_differs(tmp_path, learner):
+@pytest.mark.parametrize("learner", qgf.LEARNERS)
+def test_a_run_that_stops_goes_on_bitwise(tmp_path, learner):
     one, two = tmp_path / "one", tmp_path / "two"
     whole = fit(one, 1300, learner)
     for updates in (100, 1100, 1300):
         state = fit(two, updates, learner)
-    before = files_of(one)
     assert_same(whole, state)
-    assert before == files_of(two) and len(before) == 3
+    assert files_of(one) == files_of(two) and len(files_of(one)) == 3
     metrics = qgf.read_csv(one / "metrics.csv")
     assert [int(row["updates"]) for row in metrics] == [*range(100, 1301, 100)]
-    other = dict(policy=dict(critic_width=9, episodes=3), critic=dict(policy_width=9, fade=False))
-    assert_same(fit(one, 1200, learner, **other[learner]), whole)  # of no concern to this learner
-    changes = dict(lr=dict(lr=2e-3), data=dict(files="b"), horizon=dict(horizon=2))
-    changes[f"{learner}_updates 1300"] = {f"{learner}_updates": 1400}  # lr falls at their end
-    changes[f"params/{learner}/0/w"] = dict(sizes=(5, 0, 2))
-    if learner == "critic":
-        changes["discount"] = dict(discount=0.9)
-    for name, change in changes.items():
-        with pytest.raises(qgf.UserError, match=f"another {name}.*--out"):
-            fit(one, 1400, learner, **change)
-    assert files_of(one) == before
-    (one / "checkpoint.npz").write_bytes(before["checkpoint.npz"][:999])
-    with pytest.raises(qgf.UserError, match=r"checkpoint\.npz is cut off"):
-        fit(one, 1400, learner)
+    assert_same(fit(one, 1200, learner), whole)  # it has gone further
+    for name, what in ("metrics.csv", "rows"), ("checkpoint.npz", "training begins again"):
+        (one / name).write_bytes(files_of(one)[name].replace(b",", b"", 1)[:-30])
+        with pytest.raises(qgf.UserError, match=rf"{name} is damaged, without it, .*{what}"):
+            fit(one, 1300, learner)
 
 
-def test_two_runs_that_train_one_policy_at_once_write_the_same(tmp_path, monkeypatch):
-    alone, calls, train = fit(tmp_path / "alone", 500), [], qgf.train
+def test_a_folder_belongs_to_one_run(tmp_path):
+    fit(tmp_path, 100)
+    qgf.check_settings(tmp_path, settings(), False)
+    for change in (dict(lr=2e-3), dict(data="b"), dict(new=1)):
+        (name,) = change
+        for keep in (False, True):
+            with pytest.raises(qgf.UserError, match=rf"{name} .*--out"):
+                qgf.check_settings(tmp_path, settings(**change), keep)
+    with pytest.raises(qgf.UserError, match=r"other code: .*--out NEW, or --keep"):
+        qgf.check_settings(tmp_path, settings(code="def"), False)
+    qgf.check_settings(tmp_path, settings(code="def"), keep=True)
+    (tmp_path / "config.json").write_text("")
+    with pytest.raises(qgf.UserError, match=r"config\.json is damaged"):
+        qgf.check_settings(tmp_path, settings(), False)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(qgf.UserError, match=r"trained with lr None"):
+        qgf.check_settings(tmp_path, settings(), False)
+
+
+def during_training(monkeypatch, what):
+    """Let something happen in the third call of train."""
+    calls, train = [], qgf.train
 
     def interrupted(*args):
         calls.append(args)
         if len(calls) == 3:
-            fit(tmp_path / "both", 500)  # another process, which is faster
+            what()
         return train(*args)
 
     monkeypatch.setattr(qgf, "train", interrupted)
-    assert_same(fit(tmp_path / "both", 500), alone)
+    return calls
+
+
+def test_a_slower_run_takes_over_what_is_ahead(tmp_path, monkeypatch):
+    alone = fit(tmp_path / "alone", 1300)
+    calls = during_training(monkeypatch, lambda: fit(tmp_path / "both", 1100))
+    monkeypatch.setattr(qgf, "SAVE", 0)
+    assert_same(fit(tmp_path / "both", 1300), alone)
+    assert len(calls) == 3 + 9 + 2  # it goes on where the faster one was
     assert files_of(tmp_path / "both") == files_of(tmp_path / "alone")
 
 
-def test_slices_take_turns_and_each_20_seconds_are_saved(tmp_path, monkeypatch):
+def test_two_runs_with_other_options_do_not_mix(tmp_path, monkeypatch):
+    folder = tmp_path / "new"
+
+    def other():
+        shutil.rmtree(folder)  # both began before there was one
+        fit(folder, 300, words=settings(lr=1e-9), lr=1e-9)
+
+    during_training(monkeypatch, other)
+    with pytest.raises(qgf.UserError, match=r"trained with lr 1e-09, not 0\.001"):
+        fit(folder, 500)
+
+
+def test_files_take_turns_and_each_20_seconds_are_saved(tmp_path, monkeypatch):
     seen, saved, save = [], [], qgf.save
     clock = iter(range(0, 10**6, 4))  # each look at the clock takes 4 s
 
-    def train(learner, state, data, n, cfg):
+    def train(loss, total, state, others, data, n, cfg):
         seen.extend(data.name * (n // 50))
         return state._replace(step=state.step + n), dict(x=np.zeros(n))
 
-    def watched_save(folder, state, metrics, settings):
+    def watched_save(folder, state, *rest):
         saved.append(int(state.step))
-        save(folder, state, metrics, settings)
+        save(folder, state, *rest)
 
     monkeypatch.setattr(qgf, "train", train)
     monkeypatch.setattr(qgf, "save", watched_save)
     monkeypatch.setattr(qgf, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     for updates in (950, 3250):
-        fit(tmp_path, updates, files="abc", load=lambda path: path)
+        fit(tmp_path, updates, files="abc", load_file=lambda path: path)
     assert "".join(seen) == 20 * "a" + 20 * "b" + 20 * "c" + 5 * "a"
-    assert saved == [600, 950, 1500, 2100, 2700, 3250]
+    assert saved == [0, 600, 950, 950, 1500, 2100, 2700, 3250]
 
 
 def test_nan_is_refused_and_the_last_checkpoint_kept(tmp_path, monkeypatch):
     fit(tmp_path, 100)
     before = files_of(tmp_path)
 
-    def train(learner, state, data, n, cfg):
+    def train(loss, total, state, others, data, n, cfg):
         params = jax.tree.map(lambda x: x * np.nan, state.params)
         return state._replace(params=params, step=state.step + n), dict(policy_loss=np.zeros(n))
 
@@ -935,97 +1027,134 @@ def test_nan_is_refused_and_the_last_checkpoint_kept(tmp_path, monkeypatch):
     assert files_of(tmp_path) == before
 
 
-def test_a_third_learner_logs_and_its_rate_falls(tmp_path, monkeypatch):
-    def loss(params, average, batch, key, cfg):
-        return params.sum(), dict(mine=params[0])  # gradient 1: Adam's step is the rate
-
-    monkeypatch.setitem(qgf.LEARNERS, "line", (lambda key, sizes, cfg: jnp.zeros(1), loss))
-    monkeypatch.setitem(qgf.SETTINGS, "line", qgf.SETTINGS["policy"])
-    monkeypatch.setattr(qgf.Config, "line_updates", 100, raising=False)
-    for decay, last in (0.25, 1 - np.arange(25) / 25), (0.0, np.ones(25)):
-        state = fit(tmp_path / str(decay), 100, "line", lr_decay=decay)
-        (row,) = qgf.read_csv(tmp_path / str(decay) / "metrics.csv")
-        path = -1e-3 * np.cumsum([0, *np.ones(75), *last])
-        assert row.keys() == {"updates", "mine"}
-        assert_close([float(row["mine"]), state.params[0]], [path[:-1].mean(), path[-1]], rtol=1e-4)
+def test_what_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(qgf.UserError, match=r"cannot write .*file/x/config\.json"):
+        fit(tmp_path / "file/x", 100)
 
 
-# ---- the command line
+def test_the_codes_hash_follows_the_code(monkeypatch):
+    def hashes(source=qgf.SOURCE, *functions):
+        monkeypatch.setattr(qgf, "SOURCE", source)
+        return [qgf.code_hash(end, [qgf.qgf, *functions]) for end in ("# ---- 6", "# ====")]
+
+    def same(old, new):
+        assert old in qgf.SOURCE
+        edited = hashes(plain_source.replace(old, new))
+        monkeypatch.setattr(qgf, "SOURCE", plain_source)
+        return [x == y for x, y in zip(edited, before, strict=True)]
+
+    plain_source = qgf.SOURCE
+    before = hashes()
+    assert same("POLYAK = 0.005  #", "POLYAK   =   0.005  # other") == [True, True]
+    assert same("GOALS = 5", "GOALS = 6") == [True, True]
+    assert same("q_loss + v_loss", "q_loss + 2 * v_loss") == [False, False]
+    assert same("ASCENTS = 3", "ASCENTS = 4") == [True, False]
+    other = hashes(plain_source, fake_rollout), hashes(plain_source, eval("lambda: 1"))
+    assert before not in other and other[0] != other[1]
+    assert other[0] == hashes(plain_source, fake_rollout)
+
+
+# ---- the command line, and Python
 def parse(text):
     return qgf.parse(text.split())
 
 
 def test_words_of_the_command_line():
-    given = dict(guidance=(0.3, 1.0), methods=("qgf@4", "bptt"), fade=False, lr=1e-4)
-    line = "--guidance 0.3 1 --methods qgf@4 bptt --no-fade --lr 1e-4"
-    assert parse(line) == qgf.Config(**given)
-    assert parse("--weights 0.1") == qgf.Config(weights=(0.1,), guidance=())
+    line = "--guidance 0.3 1 --methods qgf@4 bptt --lr 1e-4 --no-keep --seed 3"
+    given = dict(guidance=(0.3, 1.0), methods=("qgf@4", "bptt"), lr=1e-4, seed=3)
+    assert parse(line) == qgf.config(**given) == replace(qgf.config(), **given)
+    assert parse("--weights 0.1") == replace(qgf.config(), weights=(0.1,), guidance=())
     assert parse("--weights 0.1 --guidance 2").guidance == (2.0,)
     for names, defaults in qgf.FAMILY.items():
         for name in np.ravel(names):
             want = defaults | dict(env=f"{name}-task2", depth=2)
-            assert parse(f"--env {name}-task2 --depth 2") == qgf.Config(**want)
+            assert qgf.config(env=f"{name}-task2", depth=2) == qgf.Config(**want)
 
 
 @pytest.mark.parametrize(
     "line, words",
     [
-        ("--lr nan", "--lr nan"),
-        ("--lr -1", "--lr -1"),
+        ("--lr nan", "--lr nan: give a number from 1e-09"),
         ("--discount 1.5", "--discount 1.5"),
-        ("--seed 1.5", "--seed.*1.5"),
-        ("--policy-update 5", "--policy-update;.*--policy-updates"),  # no abbreviations
-        ("--batchsize 5", "--batchsize;.*--batch-size"),
-        ("cube-double", "cube-double"),
         ("--methods qgf best", "best.*qgf-jacobian"),
         ("--methods qgf@0", "qgf@0"),
+        ("--env cube-single --sparse", "--sparse"),
+        ("--collect 5 --data x", "--collect"),
     ],
 )
 def test_a_wrong_word_gets_one_line(line, words):
-    with pytest.raises(qgf.UserError, match=rf"^.*{words}.*--help.*\Z"):
+    with pytest.raises(qgf.UserError, match=rf"^.*{words}.*\Z"):
         parse(line)
 
 
-SMALL = "--policy-width 8 --critic-width 8 --depth 1 --batch-size 8 --collect 2000 --episodes 2"
-SMALL += " --policy-updates 100 --critic-updates 600 --eval-every 300"
+@pytest.mark.parametrize("line", ["--seed 1.5", "--policy-update 5", "cube-double"])
+def test_argparse_refuses_the_rest(line, capsys):
+    with pytest.raises(SystemExit):
+        parse(line)
+    assert capsys.readouterr().err.count("\n") == 2
+
+
+def test_uv_installs_what_pip_installs():
+    block = re.search(r"^# /// script\n(.*?)^# ///$", qgf.SOURCE, re.MULTILINE | re.DOTALL)[1]
+    script = tomllib.loads(re.sub("^# ?", "", block, flags=re.MULTILINE))
+    lines = (HERE / "requirements.txt").read_text().splitlines()
+    wanted = [line.split("#")[0].strip() for line in lines]
+    assert script["dependencies"] == [
+        x for x in wanted if x and not x.startswith(("pytest", "ruff"))
+    ]
+    assert script["requires-python"] == ">=3.11"
+
+
+SMALL = "--policy-width 8 --critic-width 8 --depth 1 --batch-size 8 --episodes 2"
+SMALL += " --policy-updates 100 --critic-updates 600"
 
 
 @pytest.mark.slow
-def test_main_trains_once_and_plays_what_lacks(home, tmp_path, monkeypatch, capsys):
+def test_main_trains_once_plays_what_lacks_and_python_loads_it(home, tmp_path, monkeypatch, capsys):
     played = fake_rollout(monkeypatch)
-    envs = SimpleNamespace(close=lambda terminate: None)
-    monkeypatch.setattr(qgf, "make_envs", lambda task, cfg: envs)
-    monkeypatch.setattr(qgf, "DATA_DIR", (home / COLLECTED).parent)
+    monkeypatch.setattr(qgf, "DATA", (home / COLLECTED).parent)
     monkeypatch.setenv("HOME", str(tmp_path))
 
-    def main(line=""):
+    def main(line="", collect="--collect 2000"):
         played.clear()
-        qgf.main([*SMALL.split(), "--out=~/x", "--env", "cube-single", *line.split()])
+        text = f"{SMALL} --eval-every 300 --out=~/x --env cube-single {collect} {line}"
+        qgf.main(text.split())
         return [method for method, _, _ in played]
 
     assert main() == 2 * ["bc", "qgf"]
     out = capsys.readouterr().out
-    assert "400 rows, 2 trajectories" in out and "after 600 updates" in out
+    assert "400 rows, 2 trajectories, any goal" in out and "after 600 updates" in out
     folders = tmp_path / "x/cube-single-play-v0-policy-s0", tmp_path / "x/cube-single-s0"
-    policy, critic = (qgf.read_npz(folder / "checkpoint.npz") for folder in folders)
-    acts, _ = qgf.named_leaves(played[-1][2])
-    assert {name.split("/")[0] for name in acts} == {"policy", "critic", "value"}
-    assert_same(acts, {k: (policy | critic)[f"average/{k}"] for k in acts})
+    nets, cfg, task = qgf.load_run("~/x/cube-single-s0")
+    assert_same(nets, played[-1][2])
+    assert nets.keys() == {"policy", "critic", "value"} and task == GOAL
+    assert (cfg.critic_width, cfg.critic_updates, cfg.expectile) == (8, 600, 0.9)
     before = files_of(folders[0])
     assert main() == [] and main("--methods bptt") == ["bptt"]
-    assert main("--env cube-single-task2") == 2 * ["bc", "qgf"]
-    assert files_of(folders[0]) == before  # all tasks share the policy
-    whole = (home / COLLECTED).read_bytes()
-    (tmp_path / "1.npz").write_bytes(whole)
-    (tmp_path / "2.npz").write_bytes(whole[:-999])
-    with pytest.raises(qgf.UserError, match=r"2\.npz is cut off"):
-        main(f"--data {tmp_path} --out ~/y")
-    assert [*(tmp_path / "y").iterdir()] == []
+    assert "100 updates found" in capsys.readouterr().out
+    monkeypatch.setitem(qgf.ESTIMATORS, "qgf", lambda q, flow, a_t, t, v, T: 0 * v)
+    assert main() == ["bc", "qgf"]  # a function from elsewhere; at 300 updates, no network is left
+    monkeypatch.undo()
+    assert files_of(folders[0]) == before  # all tasks and methods share the policy
+
+
+def test_readmes_lines_load_a_run_and_act(home, tmp_path, monkeypatch):
+    fake_rollout(monkeypatch)
+    monkeypatch.setattr(qgf, "DATA", (home / COLLECTED).parent)
+    monkeypatch.chdir(tmp_path)
+    qgf.main(f"{SMALL} --env cube-single --collect 2000".split())
+    (code,) = re.findall(r"```python\n(import.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    names = {}
+    exec(code, names)
+    assert names["a"].shape == (1, 25) and (abs(names["a"]) <= 1).all()
+    with pytest.raises(qgf.UserError, match="no run"):
+        qgf.load_run("elsewhere")
 
 
 # ---- real runs, in processes of their own
-def start(home, *args, flags=(), **env):
-    command = [sys.executable, *flags, qgf.__file__, *map(str, args)]
+def start(home, *args, flags=(), script=qgf.__file__, **env):
+    command = [sys.executable, *flags, script, *map(str, args)]
     env = os.environ | dict(HOME=str(home)) | env
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="latin-1")
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a job of the background ignores it
@@ -1034,51 +1163,44 @@ def start(home, *args, flags=(), **env):
 
 def finish(p, status=0):
     """What a run prints, or its error, which is a line."""
-    out, err = p.communicate(timeout=200)
+    out, err = p.communicate()
     assert p.returncode == status, err
     assert "Traceback" not in err or status == -signal.SIGKILL
     return out if status == 0 else err
 
 
 def family(p):
-    """The processes of a run, but for the first: (id, command)."""
-    ids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+    """The processes of a run, but for the first."""
     found = []
-    for i in ids:
+    for path in Path("/proc").glob("[0-9]*"):
         try:
-            if i != p.pid and os.getsid(i) == p.pid:
-                found.append((i, Path(f"/proc/{i}/cmdline").read_text()))
+            if int(path.name) != p.pid and os.getsid(int(path.name)) == p.pid:
+                found.append(int(path.name))
         except OSError:  # it has ended
             continue
     return found
 
 
 @pytest.mark.slow
-def test_a_run_stopped_in_four_ways_equals_an_uninterrupted_one(home):
-    args = [*SMALL.split(), "--critic-updates", 4000, "--eval-every", 2000]  # seconds each
+def test_a_run_stopped_in_three_ways_equals_an_uninterrupted_one(home):
+    args = [*SMALL.split(), "--critic-updates", 4000, "--eval-every", 2000, "--collect", 2000]
     args += ["--env", "cube-single", "--methods", "qgf@2", "--seed", 1, "--out"]
     whole = start(home, *args, "whole")
-    stops = [("playing bc", 0), ("playing qgf", signal.SIGINT)]
-    stops += [("critic:  50%", signal.SIGTERM), ("critic:  50%", signal.SIGKILL)]
-    for words, number in stops:
+    stops = [("playing qgf", signal.SIGINT), ("critic:  50%", signal.SIGTERM)]
+    for words, number in [*stops, ("critic:  50%", signal.SIGKILL)]:
         p, text = start(home, *args, "stopped"), ""
         while words not in text:  # of progress bars
             text += p.stderr.read(1)
             assert p.poll() is None, text
-        if number == 0:
-            os.kill(max(i for i, command in family(p) if "forkserver" in command), signal.SIGKILL)
-            assert "did a process die" in finish(p, 1)
-        elif number == signal.SIGKILL:
-            p.kill()
+        os.killpg(p.pid, number) if number == signal.SIGINT else p.send_signal(number)
+        if number == signal.SIGKILL:
             finish(p, -number)
         else:
-            os.killpg(p.pid, number) if number == signal.SIGINT else p.terminate()
             assert "stopped: the same command" in finish(p, 1)
-        limit = time.monotonic() + 60
-        while family(p):
-            assert time.monotonic() < limit
+        while family(p):  # all of its processes end
             time.sleep(0.1)
-    faults = dict(MUJOCO_GL="nonsense", JAX_ENABLE_X64="1", TMPDIR=f"/tmp/{'x' * 99}")
+    faults = dict(TMPDIR=f"/tmp/{'x' * 99}")
+    os.makedirs(faults["TMPDIR"], exist_ok=True)
     finish(start(home, *args, "stopped", **faults))
     assert "cube-single after 4000 updates" in finish(whole)
     for folder in ("cube-single-play-v0-policy-s1", "cube-single-s1"):
@@ -1086,7 +1208,43 @@ def test_a_run_stopped_in_four_ways_equals_an_uninterrupted_one(home):
 
 
 @pytest.mark.slow
+def test_edited_code_never_gets_old_numbers(home):
+    (home / "edited").mkdir()
+    script = home / "edited/qgf.py"
+    args = [*SMALL.split(), "--env", "cube-single", "--collect", 2000, "--out", "parent"]
+
+    def run(old, new, *more, status=0):
+        assert old in qgf.SOURCE
+        script.write_text(qgf.SOURCE.replace(old, new))
+        return finish(start(home, *args, *more, script=script), status)
+
+    run("", "")
+    found = "2 episodes found"
+    assert run("GOALS = 5  #", "GOALS = 5  # a comment").count(found) == 2
+    edit = "return q_loss + v_loss", "return q_loss + 2 * v_loss"
+    err = run(*edit, status=1)
+    assert err.splitlines()[-1].startswith("qgf.py: ") and "--out NEW, or --keep" in err
+    before = files_of(home / "parent/cube-single-s0")["checkpoint.npz"]
+    out = run(*edit, "--keep")
+    assert found not in out and "600 updates found" in out
+    assert run(*edit, "--keep").count(found) == 2
+    assert files_of(home / "parent/cube-single-s0")["checkpoint.npz"] == before
+    assert found not in run("return grad_q(q, clean", "return 2 * grad_q(q, clean")
+    assert found not in run("option(2_000_000", "option(3_000_000")
+
+
+@pytest.mark.slow
 def test_your_own_environment(home):
+    """It is of a package, shows no success, and gives its reward as an array."""
+    (home / "mine.py").write_text(
+        "import gymnasium, numpy as np\n"
+        "from gymnasium.envs.classic_control import PendulumEnv\n"
+        "class Mine(PendulumEnv):\n"
+        "    def step(self, a):\n"
+        "        s, r, *rest = super().step(a)\n"
+        "        return s, np.array([r]), *rest\n"
+        "gymnasium.register('Mine-v0', Mine, max_episode_steps=200)\n"
+    )
     env, rows = gymnasium.make("Pendulum-v1"), []
     for seed in range(3):
         state, _ = env.reset(seed=seed)
@@ -1096,18 +1254,29 @@ def test_your_own_environment(home):
             rows.append((state, action, reward, i == 199))
             state = after
     save_rows(home / "p.npz", "observations actions rewards terminals", rows)
-    out = finish(start(home, *SMALL.split(), "--env", "Pendulum-v1", "--data", "p.npz"))
-    assert "600 rows, 3 trajectories" in out and "Guidance" in out
-    rows = qgf.read_csv(home / "runs/Pendulum-v1-s0/episodes.csv")
-    assert len(rows) == 8 and {row["success"] for row in rows} == {"nan"}
+    args = [*SMALL.split(), "--env", "mine:Mine-v0", "--data", "p.npz"]
+    out = finish(start(home, *args, PYTHONPATH=str(home)))
+    assert "600 rows, 3 trajectories, 0.00% solved; rewards of 3 last rows are not used" in out
+    rows = qgf.read_csv(home / "runs/mine-Mine-v0-s0/episodes.csv")
+    assert len(rows) == 4 and {row["success"] for row in rows} == {"nan"}
     assert all(-2000 < float(row["return"]) < 0 for row in rows)
 
 
 @pytest.mark.slow
 def test_odd_machines(home):
-    """A terminal without Greek letters, no docstrings, no GPU, a folder that cannot be."""
-    text = finish(start(home, "--help", flags=["-OO"], PYTHONIOENCODING="latin-1"))
-    assert all(f"--{name.replace('_', '-')} " in text for name in qgf.Config.__annotations__)
-    err = finish(start(home, "--out", "/proc/x"), 1)
-    assert err.count("\n") == 1 and "/proc/x" in err
-    assert finish(start(home, JAX_PLATFORMS="cuda"), 1).count("\n") == 1
+    """A terminal without Greek letters, no docstrings, no home, no GPU, a folder that cannot be."""
+    text = finish(start(home, "--help", flags=["-OO"], PYTHONIOENCODING="latin-1", HOME="/none"))
+    assert all(f"--{name.replace('_', '-')}" in text for name in qgf.Config.__annotations__)
+    args = [*SMALL.split(), "--env", "cube-single", "--collect", 2000]
+    assert "/proc/x" in finish(start(home, *args, "--out", "/proc/x"), 1).splitlines()[-1]
+    assert "JAX_PLATFORMS" in finish(start(home, *args, JAX_PLATFORMS="cuda"), 1).splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_guidance_solves_a_real_task(home, tmp_path):
+    """cube-single, on 20,000 rows of OGBench's scripted policy and for about a minute."""
+    args = "--env cube-single --collect 20000 --policy-updates 4000 --critic-updates 4000"
+    out = finish(start(tmp_path, *args.split()))
+    pairs, p = re.search(r"^qgf .* (\d+:\d+) +(\S+) ", out, re.MULTILINE).groups()
+    won, lost = map(int, pairs.split(":"))
+    assert won > lost and binomtest(won, won + lost).pvalue < 0.01 and float(p) < 0.01

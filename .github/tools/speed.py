@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Compare the speed of qgf.py with that of the official code, on the same random data.
 
-    python .github/speed.py CLONE
+    python .github/tools/speed.py CLONE
 
 CLONE is a clone of github.com/zhouzypaul/qgf; this needs flax, ml_collections and distrax as well.
 An update is one of policy, critic and value, with its batch, as each program's own loop makes it.
@@ -20,7 +20,7 @@ import agree
 import jax
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 import qgf
 
 N, LENGTH = 100_000, 1000  # rows, and those of a trajectory
@@ -73,27 +73,33 @@ def official(arrays, width):
 
 def ours(arrays, width):
     """-> update(n) and act(method, n) of qgf.py."""
-    cfg = qgf.Config(policy_width=width, critic_width=width, expectile=0.9)
+    cfg = qgf.Config(policy_width=width, critic_width=width, horizon=H)
     row = np.arange(N, dtype=np.int32)
     ends = row // LENGTH * LENGTH + LENGTH - 1
-    fields = {name: arrays[name] for name in ("observations", "actions", "rewards", "masks")}
-    starts = np.flatnonzero(row + H <= ends).astype(np.int32)
-    data = qgf.Data(**fields, goals=np.zeros((N, 0), np.float32), ends=ends, starts=starts)
-    data = jax.device_put(data)
-    states = {learner: qgf.init_state(learner, (S, 0, A), cfg) for learner in qgf.LEARNERS}
+    starts = row[row + H <= ends]
+    columns = {name: arrays[name] for name in ("observations", "actions", "rewards", "masks")}
+    columns |= dict(goals=np.zeros((N, 0), np.float32), ends=ends, starts=starts)
+    data = jax.device_put(qgf.Data(**columns, chunks=np.int32(len(starts))))
+    states = {
+        name: qgf.init_state(init, (S, 0, A), cfg) for name, (init, *_) in qgf.LEARNERS.items()
+    }
 
     def update(n):
-        for learner in states:
+        others = {}
+        for name, (_, loss, _) in qgf.LEARNERS.items():
             for _ in range(n // qgf.CALL):
-                states[learner], log = qgf.train(learner, states[learner], data, qgf.CALL, cfg)
+                state = states[name]
+                states[name], log = qgf.train(loss, 10**6, state, others, data, qgf.CALL, cfg)
                 jax.device_get(log)
+            others = others | states[name].average
 
     def act(method, n):
-        nets = states["policy"].params | states["critic"].average
+        nets = states["policy"].average | states["critic"].average
+        estimator = qgf.ESTIMATORS[method]
+        s, g = arrays["observations"][:10], np.zeros((10, 0))
         for i in range(n):
             a_0 = np.float32(np.random.default_rng(i).normal(size=(10, 1, H * A)))
-            s = arrays["observations"][:10]
-            np.asarray(qgf.sample_actions(nets, s, np.zeros((10, 0)), a_0, 1.0, method, cfg)[0])
+            np.asarray(qgf.sample_actions(nets, s, g, a_0, 1.0, estimator, cfg)[0])
 
     return update, act
 
