@@ -438,15 +438,6 @@ class UserError(Exception):
     """A user's mistake. On the command line, it ends the program with one line."""
 
 
-class Columns(dict):
-    """A file's arrays by name. To ask for one that it lacks is a user's mistake."""
-
-    path: Path
-
-    def __missing__(self, name):
-        raise UserError(f"{self.path}: there is no column {name}, only {', '.join(self)}")
-
-
 class Task(NamedTuple):
     """Any goal or one task of OGBench, or your own environment."""
 
@@ -522,6 +513,7 @@ def find_files(task, cfg):
     return [collected]
 
 
+@refusing("the data lack a column", KeyError)
 def load_data(path, task, env, cfg):
     """A file in OGBench's or D4RL's format -> Data. UserError if it does not fit."""
 
@@ -530,8 +522,7 @@ def load_data(path, task, env, cfg):
             raise UserError(f"{path}: {words}")
 
     with refusing(f"{path} is no whole .npz of numbers", *UNREADABLE), np.load(path) as file:
-        raw = Columns({x: file[x] for x in file if x in COLUMNS or ENDS.search(x)})
-    raw.path = path
+        raw = {x: file[x] for x in file if x in COLUMNS or ENDS.search(x)}
     N = len(np.atleast_1d(raw["actions"]))
     for name, x in raw.items():
         if name not in COLUMNS:

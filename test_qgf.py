@@ -625,7 +625,6 @@ def test_actions_of_your_own_environment_are_rescaled(tmp_path):
         (r"actions .*\(29, 3\).*\(29, 2\)", dict(actions=np.zeros((29, 3)))),
         ("actions leave the range", dict(actions=np.full((29, 2), 1.1))),
         ("terminals has", dict(terminals=np.zeros((29, 2)))),
-        ("column terminals, only observations", dict(terminals=None)),
         ("truncations is not understood", dict(truncations=np.zeros(29))),
         ("rewards holds no numbers", dict(rewards=np.array(["a"] * 29))),
         ("no whole .npz of numbers", dict(rewards=np.array([0, "a"] * 14 + [{}], object))),
@@ -635,6 +634,15 @@ def test_actions_of_your_own_environment_are_rescaled(tmp_path):
 def test_data_that_do_not_fit_are_refused(tmp_path, words, changes):
     with pytest.raises(qgf.UserError, match=rf"d\.npz.*{words}"):
         qgf.load_data(write(tmp_path, **changes), TASK, ENV, TINY)
+
+
+@pytest.mark.parametrize("column", ["observations", "actions", "terminals", "rewards", "qpos"])
+def test_a_column_that_lacks_is_named(tmp_path, column):
+    task = GOAL if column == "qpos" else OWN
+    cube = SimpleNamespace(unwrapped=SimpleNamespace(_num_cubes=1))
+    env = SimpleNamespace(**vars(ENV) | dict(unwrapped=cube))
+    with pytest.raises(qgf.UserError, match=f"lack a column: '{column}'"):
+        qgf.load_data(write(tmp_path, **{column: None}), task, env, TINY)
 
 
 def test_what_does_not_matter_is_not_read(tmp_path):
