@@ -403,6 +403,7 @@ import csv
 import hashlib
 import importlib
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -428,7 +429,7 @@ DATA = Path(os.path.expanduser("~/.ogbench/data"))
 COLLECT = Path(__file__).parent / ".github/tools/collect.py"
 COLUMNS = ["observations", "actions", "terminals", "rewards", "masks"]  # README explains them
 COLUMNS += ["timeouts", "next_observations", "qpos", "button_states"]
-ENDS = re.compile("trunc|termin|time|done|end|next|last|final")
+ENDS = re.compile("trunc|termin|timeout|done|end|next|last|final")  # names that matter
 NAMES = re.compile(  # cube-double-task3 or, in full, cube-double-play-singletask-task3-v0
     "(.*?)(-play|-noisy|-navigate|-stitch|-explore)?(-singletask)?(-task[1-5])?(-v0)?"
 )
@@ -483,8 +484,9 @@ def find_files(task, cfg):
     collected = DATA / f"{task.dataset}-collected-{cfg.collect}.npz"
     if cfg.data:
         path = Path(cfg.data).expanduser()
+        prefix = task.dataset.removesuffix("v0")  # cube-double-play-
         found = [x for x in sorted(path.rglob("[!.]*.npz")) if not x.stem.endswith("-val")]
-        ours = [x for x in found if x.name.startswith(task.dataset.removesuffix("v0") or "/")]
+        ours = [x for x in found if prefix and x.name.startswith(prefix)]
         sets = [x for x in found if re.search("-(play|noisy|navigate|stitch|explore)-", x.name)]
         files = ours or [x for x in found if x.parent == path and x not in sets] or [path]
         if len({x.parent for x in files}) > 1:
@@ -646,9 +648,16 @@ def make_envs(task, cfg):
     """Two processes for each core, with an environment each. They import this file."""
     if Path(__file__).read_text("utf-8") != SOURCE:
         raise UserError(f"{__file__} was edited during the run: give the same command again")
-    make = partial(Chunks, task, cfg.horizon)
+    make = partial(make_env, task, cfg.horizon)
     n = min(2 * CORES, 32, cfg.episodes)
     return gymnasium.vector.AsyncVectorEnv([make] * n, context="spawn", autoreset_mode="Disabled")
+
+
+def make_env(task, horizon):
+    """An environment. A process of its own leaves Ctrl-C to the program."""
+    if multiprocessing.parent_process():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return Chunks(task, horizon)
 
 
 def rollout(envs, nets, w, method, sizes, cfg):
@@ -732,9 +741,12 @@ def settings_of(name, task, sizes, files, rows, cfg):
             checksums += [[x.filename, x.CRC] for x in file.infolist()]
     init, loss, _ = LEARNERS[name]
     options = [f.name for f in fields(Config) if {"all", name} & {*f.metadata["of"].split()}]
+    S, G, A = sizes
+    whose = dict(env=task.name, sizes=[S, G, A])
+    if name == "policy":  # it is blind to goals and rewards: all tasks of the data share it
+        whose = dict(env=task.dataset or task.name, sizes=[S, 0, A])
     return {option: getattr(cfg, option) for option in options} | dict(
-        env=task.dataset or task.name if name == "policy" else task.name,
-        sizes=[*sizes],
+        **whose,
         data=f"{files[0].name}, {rows:,} rows, hash {digest(checksums)}",
         code=code_hash("# ---- 6", [init, loss]),
     )

@@ -1124,9 +1124,9 @@ def test_main_trains_once_plays_what_lacks_and_python_loads_it(home, tmp_path, m
     monkeypatch.setattr(qgf, "DATA", (home / COLLECTED).parent)
     monkeypatch.setenv("HOME", str(tmp_path))
 
-    def main(line="", collect="--collect 2000"):
+    def main(line="", env="cube-single"):
         played.clear()
-        text = f"{SMALL} --eval-every 300 --out=~/x --env cube-single {collect} {line}"
+        text = f"{SMALL} --eval-every 300 --out=~/x --env {env} --collect 2000 {line}"
         qgf.main(text.split())
         return [method for method, _, _ in played]
 
@@ -1141,10 +1141,11 @@ def test_main_trains_once_plays_what_lacks_and_python_loads_it(home, tmp_path, m
     before = files_of(folders[0])
     assert main() == [] and main("--methods bptt") == ["bptt"]
     assert "100 updates found" in capsys.readouterr().out
+    assert main(env="cube-single-task2") == 2 * ["bc", "qgf"]
     monkeypatch.setitem(qgf.ESTIMATORS, "qgf", lambda q, flow, a_t, t, v, T: 0 * v)
     assert main() == ["bc", "qgf"]  # a function from elsewhere; at 300 updates, no network is left
     monkeypatch.undo()
-    assert files_of(folders[0]) == before  # all tasks and methods share the policy
+    assert files_of(folders[0]) == before  # all tasks share the policy
 
 
 def test_readmes_lines_load_a_run_and_act(home, tmp_path, monkeypatch):
@@ -1283,8 +1284,8 @@ def test_odd_machines(home):
 @pytest.mark.slow
 def test_guidance_solves_a_real_task(home, tmp_path):
     """cube-single, on 20,000 rows of OGBench's scripted policy and for about a minute."""
-    args = "--env cube-single --collect 20000 --policy-updates 4000 --critic-updates 4000"
-    out = finish(start(tmp_path, *args.split()))
+    args = "--env cube-single --collect 20000 --policy-updates 7000 --critic-updates 7000"
+    out = finish(start(tmp_path, *args.split(), "--batch-size", 128))
     pairs, p = re.search(r"^qgf .* (\d+:\d+) +(\S+) ", out, re.MULTILINE).groups()
     won, lost = map(int, pairs.split(":"))
     assert won > lost and binomtest(won, won + lost).pvalue < 0.01 and float(p) < 0.01

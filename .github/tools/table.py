@@ -324,6 +324,9 @@ def edp():
         runs = group(read(RESULTS / "forks/edp" / name), "method")[("edp",)]
         qgf = group(read(RESULTS / name / "s0"), "method")[("qgf",)]
         rows.append(([name, cell(runs), cell(qgf)], (qgf, runs)))
+    today = group(read(RESULTS / "forks/edp/frozen-critic"), "method")
+    runs, qgf = today[("edp",)], today[("qgf",)]
+    rows.append((["cube-single, today's diff, no c(t)", cell(runs), cell(qgf)], (qgf, runs)))
     return compared(["any goal of", "`edp`, α 30", "`qgf`"], "`qgf` − `edp`", rows)
 
 
