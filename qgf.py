@@ -653,6 +653,7 @@ def make_envs(task, cfg):
     return gymnasium.vector.AsyncVectorEnv([make] * n, context="spawn", autoreset_mode="Disabled")
 
 
+@lru_cache(1)  # AsyncVectorEnv asks for one in this process as well
 def make_env(task, horizon):
     """An environment. A process of its own leaves Ctrl-C to the program."""
     if multiprocessing.parent_process():
@@ -794,11 +795,14 @@ def atomic_write(path, mode="w"):
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     with refusing(f"cannot write {path}", OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, mode) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
+        try:
+            with open(part, mode) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def save(folder, state, metrics, settings, keep):
@@ -1038,7 +1042,7 @@ def main(argv=None):
     with refusing("JAX finds no device, see JAX_PLATFORMS", RuntimeError, AssertionError):
         device = jax.devices()[0].device_kind
     print(f"device  {device}, {CORES} CPU cores, jax {jax.__version__}", flush=True)
-    env = Chunks(task, cfg.horizon)
+    env = make_env(task, cfg.horizon)
     env.step(np.zeros(env.action_space.shape, np.float32))  # what fails, fails before training
 
     files = find_files(task, cfg)

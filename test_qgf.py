@@ -1103,6 +1103,15 @@ def test_argparse_refuses_the_rest(line, capsys):
     assert capsys.readouterr().err.count("\n") == 2
 
 
+def test_readmes_commands_are_understood():
+    lines = (HERE / "README.md").read_text().splitlines()
+    commands = [x.split("#")[0].split()[2:] for x in lines if x.startswith("python qgf.py ")]
+    commands = [x for x in commands if "qgf-midpoint" not in x]  # a fork's
+    assert len(commands) >= 2
+    for command in commands:
+        qgf.find_task(qgf.parse(command).env)
+
+
 def test_uv_installs_what_pip_installs():
     block = re.search(r"^# /// script\n(.*?)^# ///$", qgf.SOURCE, re.MULTILINE | re.DOTALL)[1]
     script = tomllib.loads(re.sub("^# ?", "", block, flags=re.MULTILINE))
