@@ -124,32 +124,6 @@ def finite_differences(f, a):
     return np.stack([(f(a + e) - f(a - e)) / 2e-5 for e in steps], axis=1)
 
 
-# ---- networks
-def test_networks_equal_numpy():
-    cfg = replace(CFG, depth=2)
-    policy = init_state(qgf.init_policy, SIZES, cfg).params["policy"]
-    critic, v = init_state(qgf.init_critic, SIZES, cfg).params.values()
-    assert ["scale" in layer for layer in policy] == [True, False, False]  # as in the official code
-    assert ["scale" in layer for layer in critic] == [True, True, False]
-    assert policy[0]["w"].shape == (S + H * A + 16, 16)  # blind to goals
-
-    s, g, a = BATCH.observations, BATCH.goals, BATCH.actions
-    t = np.full((32, 1), 0.4)
-    got = jax.jit(
-        lambda: (
-            qgf.velocity(policy, s, a, t, cfg),
-            qgf.q_values(critic, s, g, a),
-            qgf.q_min(critic, s, g, a),
-            qgf.value(v, s, g),
-        )
-    )()
-    q = numpy_q(critic, s, g, a)
-    assert {*np.argmin(q, axis=0)} == {0, 1}
-    v = numpy_mlp(v, np.concatenate([s, g], axis=1))[:, 0]
-    want = numpy_velocity(policy, s, a, t), q, q.min(axis=0), v
-    assert_close(got, want, rtol=1e-3, atol=1e-3)
-
-
 # ---- losses, which test_golden.py compares with the official code
 def gaussian_velocity(mu, sigma):
     """The exact flow to N(μ, σ²): E[a_1 - a_0 | a_t]."""
@@ -262,21 +236,6 @@ def test_hindsight_equals_a_brute_force_loop():
 
 
 # ---- training
-@pytest.mark.parametrize("learner", qgf.LEARNERS)
-def test_a_scan_is_its_single_updates(learner):
-    init = qgf.LEARNERS[learner][0]
-    fresh, other = (init_state(init, SIZES, replace(CFG, seed=i)) for i in (0, 1))
-    assert_same(fresh.params, fresh.average)
-    assert (jax.tree.leaves(fresh.params)[-1] != jax.tree.leaves(other.params)[-1]).all()
-    whole, log = train(learner, some_state(learner), 3)
-    state, logs = some_state(learner), []
-    for _ in range(3):
-        state, x = train(learner, jax.device_get(state), 1)
-        logs.append(x)
-    assert_close(whole, state, rtol=1e-4, atol=1e-6)
-    assert_close(log, jax.tree.map(lambda *x: np.concatenate(x), *logs), rtol=1e-4)
-
-
 def test_a_third_learner_sees_the_others_and_its_rate_falls(monkeypatch):
     """Its gradient is 1, so that each of Adam's steps is the rate."""
 
@@ -458,20 +417,6 @@ def test_relative_weight_of_a_linear_critic(monkeypatch):
             got = qgf.relative_weight(0.5, nets, BATCH, method, CFG)
             push = got * size * np.sqrt(np.mean(x**2))
             assert push == pytest.approx(0 if name == "bc" else 0.5, rel=1e-4)
-
-
-def test_relative_weight_is_lambda_over_the_rms():
-    nets = sampling(1)[0]
-    q, flow = closures(nets, BATCH.observations, BATCH.goals)
-    a = jax.random.normal(KEY, BATCH.actions.shape)
-    squares = []
-    for i in range(5):
-        t = np.full((32, 1), i / 5)
-        v = flow(a, t)
-        squares.append(np.square(qgf.qgf(q, flow, a, t, v, 5)).mean())
-        a = a + v / 5
-    w = qgf.relative_weight(0.1, nets, BATCH, qgf.qgf, CFG)
-    assert w == pytest.approx(0.1 / np.sqrt(np.mean(squares)), rel=1e-4)
 
 
 # ---- closed forms: π_BC is a Gaussian with its exact velocity, and guided flows are linear ODEs
