@@ -1068,17 +1068,17 @@ def main(argv=None):
         folder = run_folder(name, task, cfg.out, cfg.seed)
         settings = settings_of(name, task, env.sizes, files, N, cfg)
         check_settings(folder, settings, cfg.keep)
-        found = [row["updates"] for row in read_csv(folder / "metrics.csv")]
-        print(f"{name:8}{[0, *found][-1]} updates found in {folder}", flush=True)
-        runs[name] = folder, settings
+        found = [0] + [int(row["updates"]) for row in read_csv(folder / "metrics.csv")]
+        total = getattr(cfg, LEARNERS[name][2])
+        print(f"{name:8}{found[-1]:,} of {total:,} updates found in {folder}", flush=True)
+        runs[name] = folder, settings, total
     code = code_hash("# ====", ESTIMATORS.values())
     actor = dict(env=task.name, seed=cfg.seed, first_seed=cfg.first_seed)
-    actor["code"] = digest([code, *(settings for _, settings in runs.values())])
+    actor["code"] = digest([code, *(settings for _, settings, _ in runs.values())])
     episodes = run_folder("critic", task, cfg.out, cfg.seed) / "episodes.csv"
 
     nets = {}
-    for name, (folder, settings) in runs.items():
-        total = getattr(cfg, LEARNERS[name][2])
+    for name, (folder, settings, total) in runs.items():
         is_last = name == [*LEARNERS][-1]
         every = cfg.eval_every if is_last and cfg.eval_every else total
         for updates in [*range(every, total, every), total]:
@@ -1090,7 +1090,7 @@ def main(argv=None):
                 played = evaluate(acting, batch, now, episodes, task, env.sizes, cfg)
                 print(f"\n{task.name} after {updates} updates", *table(played, task), sep="\n")
         nets |= state.average
-    print("saved in", *[folder for folder, _ in runs.values()])
+    print("saved in", *[folder for folder, *_ in runs.values()])
 
 
 if __name__ == "__main__":

@@ -1094,7 +1094,7 @@ def test_main_trains_once_plays_what_lacks_and_python_loads_it(home, tmp_path, m
     assert (cfg.critic_width, cfg.critic_updates, cfg.expectile) == (8, 600, 0.9)
     before = files_of(folders[0])
     assert main() == [] and main("--methods bptt") == ["bptt"]
-    assert "100 updates found" in capsys.readouterr().out
+    assert "100 of 100 updates found" in capsys.readouterr().out
     assert main(env="cube-single-task2") == 2 * ["bc", "qgf"]
     monkeypatch.setitem(qgf.ESTIMATORS, "qgf", lambda q, flow, a_t, t, v, T: 0 * v)
     assert main() == ["bc", "qgf"]  # a function from elsewhere; at 300 updates, no network is left
@@ -1189,7 +1189,7 @@ def test_edited_code_never_gets_old_numbers(home):
     assert err.splitlines()[-1].startswith("qgf.py: ") and "--out NEW, or --keep" in err
     before = files_of(home / "parent/cube-single-s0")["checkpoint.npz"]
     out = run(*edit, "--keep")
-    assert found not in out and "600 updates found" in out
+    assert found not in out and "600 of 600 updates found" in out
     assert run(*edit, "--keep").count(found) == 2
     assert files_of(home / "parent/cube-single-s0")["checkpoint.npz"] == before
     assert found not in run("return grad_q(q, clean", "return 2 * grad_q(q, clean")
