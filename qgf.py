@@ -429,7 +429,7 @@ DATA = Path(os.path.expanduser("~/.ogbench/data"))
 COLLECT = Path(__file__).parent / ".github/tools/collect.py"
 COLUMNS = ["observations", "actions", "terminals", "rewards", "masks"]  # README explains them
 COLUMNS += ["timeouts", "next_observations", "qpos", "button_states"]
-ENDS = re.compile("trunc|termin|timeout|done|end|next|last|final")  # names that matter
+ENDS = re.compile("trunc|termin|timeout|done|end|next|last|final")  # of ends and next states
 NAMES = re.compile(  # cube-double-task3 or, in full, cube-double-play-singletask-task3-v0
     "(.*?)(-play|-noisy|-navigate|-stitch|-explore)?(-singletask)?(-task[1-5])?(-v0)?"
 )
@@ -547,7 +547,8 @@ def load_data(path, task, env, cfg):
     raw["goals"] = np.zeros((N, 0))
     if task.has_goals:
         ogbench.relabel_utils.add_oracle_reps(task.env_id, env.unwrapped, raw)
-        raw |= dict(goals=raw["oracle_reps"], rewards=np.zeros(N), masks=np.ones(N))  # by hindsight
+        raw["goals"] = raw["oracle_reps"]
+        raw |= dict(rewards=np.zeros(N), masks=np.ones(N))  # unused: `hindsight` makes its own
     elif task.dataset and "rewards" not in raw:
         ogbench.relabel_utils.relabel_dataset(task.env_id, env.unwrapped, raw)
     else:
@@ -895,7 +896,11 @@ def evaluate(nets, batch, actor, path, task, sizes, cfg):
                 result = dict(zip(("success", "return", "length"), result, strict=True))
                 rows.append(key | dict(w=f"{w:.6g}", episode=i) | result)
             write_csv(path, [row for row in read_csv(path) if not matches(row, key)] + rows)
-        strength = f"w {weight:g}" if weight else f"λ {guidance:g}" if guidance else ""
+        strength = ""
+        if guidance > 0:
+            strength = f"λ {guidance:g}"
+        elif weight > 0:
+            strength = f"w {weight:g}"
         results = [(float(row["success"]), float(row["return"])) for row in rows]
         played[method, strength] = np.array(results).T  # (2, n)
     if envs:
@@ -949,14 +954,14 @@ def load_run(folder):
     if "env" not in saved:
         raise UserError(f"{folder} is no run: it has no config.json of a critic")
     task = find_task(saved["env"])
-    names = {f.name for f in fields(Config)}
+    cfg = config(env=task.name, out=str(folder.parent))
     nets = {}
     for learner, (init, _, _) in LEARNERS.items():
         path = run_folder(learner, task, folder.parent, saved["seed"])
-        saved |= read_json(path / "config.json")
-        options = {k: x for k, x in saved.items() if k in names}
-        cfg = replace(config(env=task.name, out=str(folder.parent)), **options)
-        state, metrics = load(path, init_state(init, saved["sizes"], cfg))
+        settings = read_json(path / "config.json") or saved
+        options = [f.name for f in fields(Config) if f.metadata["of"] and f.name in settings]
+        cfg = replace(cfg, **{name: settings[name] for name in options})
+        state, metrics = load(path, init_state(init, settings["sizes"], cfg))
         if not metrics:
             raise UserError(f"{path} has no trained {learner}")
         nets |= state.average

@@ -1057,6 +1057,18 @@ def test_readmes_commands_are_understood():
         qgf.find_task(qgf.parse(command).env)
 
 
+def test_quick_start_printed_its_table():
+    played = {("bc", ""): [], ("qgf", "λ 0.3"): []}
+    for row in qgf.read_csv(HERE / ".github/results/quick-start/episodes.csv"):
+        strength = "λ 0.3" if row["method"] == "qgf" else ""
+        played[row["method"], strength].append((float(row["success"]), float(row["return"])))
+    lines = qgf.table({key: np.array(x).T for key, x in played.items()}, GOAL)
+    readme = (HERE / "README.md").read_text()
+    assert "\n".join(lines) in readme
+    assert f"reaches\n{lines[2].split()[4]} of the goals" in readme
+    assert f"cannot see the goal, {lines[1].split()[2]} (one seed" in readme
+
+
 def test_uv_installs_what_pip_installs():
     block = re.search(r"^# /// script\n(.*?)^# ///$", qgf.SOURCE, re.MULTILINE | re.DOTALL)[1]
     script = tomllib.loads(re.sub("^# ?", "", block, flags=re.MULTILINE))
