@@ -958,10 +958,10 @@ def load_run(folder):
     nets = {}
     for learner, (init, _, _) in LEARNERS.items():
         path = run_folder(learner, task, folder.parent, saved["seed"])
-        settings = read_json(path / "config.json") or saved
+        settings = read_json(path / "config.json")
         options = [f.name for f in fields(Config) if f.metadata["of"] and f.name in settings]
         cfg = replace(cfg, **{name: settings[name] for name in options})
-        state, metrics = load(path, init_state(init, settings["sizes"], cfg))
+        state, metrics = load(path, init_state(init, saved["sizes"], cfg))
         if not metrics:
             raise UserError(f"{path} has no trained {learner}")
         nets |= state.average

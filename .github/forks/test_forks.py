@@ -26,6 +26,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 PLACES = dict(  # at most; a place is a run of lines that begin with + or -
     midpoint=2, fade=2, placebo=2, loss=2, wandb=2, qc=4, edp=4, transformer=4, dqc=8
 )
+PLACES["goal-bc"] = 5
 REUSE = ["midpoint", "fade", "placebo", "wandb"]  # these leave sections 2 to 5, so networks, alone
 METHODS = dict(  # that a fork adds
     midpoint=["qgf-midpoint"],
@@ -262,6 +263,31 @@ def test_transformer():
         for x in (a, changed)
     )
     assert (v[:, :A] != w[:, :A]).any()  # the first sees it
+
+
+@pytest.mark.slow
+def test_goal_bc():
+    """Goals are those of later rows, and the flow has the goal as a part of the state."""
+    fork, cfg, nets, _, _, batch = trained("goal-bc")
+    data = make_data()
+    numbered = data._replace(goals=np.float32(np.arange(N))[:, None])  # a goal is its row's number
+    rows = np.arange(87)[np.arange(87) % 30 < 27]  # H more follow
+    window = np.repeat(rows, 200)[:, None] + np.arange(H)
+    goals, rewards, masks = fork.hindsight(KEY, numbered, window)
+    goals = np.asarray(goals).reshape(len(rows), 200)
+    for i, drawn in zip(rows, goals, strict=True):
+        assert set(drawn) == set(range(i + 1, data.ends[i] + 1))
+    assert (masks == (window != goals.reshape(-1, 1))).all() and (rewards == -masks).all()
+
+    both = np.concatenate([batch.observations, batch.goals], axis=1)
+    joined = batch._replace(observations=both)
+    args = {}, {}, joined, KEY, cfg
+    policy = dict(policy=nets["policy"])
+    loss, _ = fork.policy_loss(policy, {}, {}, batch, KEY, cfg)
+    close(loss, qgf.policy_loss(policy, *args)[0], rtol=1e-5)
+    flow = jax.jit(lambda a, t: fork.velocity(nets["policy"], both, a, t, cfg))
+    a, _ = fork.sample_actions(nets, batch.observations, batch.goals, noise(), 0.0, fork.bc, cfg)
+    close(a, euler(lambda a, t: flow(a, column(t)), noise()[:, 0]), atol=1e-5)
 
 
 @pytest.mark.slow
