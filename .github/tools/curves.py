@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""Draw success over the updates of the critic, or over the strength of guidance.
+"""Draw README's table of methods, or success over updates or over the strength of guidance.
 
+    python .github/tools/curves.py scores
     python .github/tools/curves.py updates FOLDER...
     python .github/tools/curves.py strength FOLDER...
 
-save updates.svg and strength.svg in .github/pictures, with a panel for each environment. Each
-folder is one schedule of training: no line joins two. `TEXT=FOLDER` writes a text beside it.
+save scores.svg, updates.svg and strength.svg in .github/pictures, with a panel for each
+environment. Each folder is one schedule of training: no line joins two. `TEXT=FOLDER` writes a text
+beside it.
+
+Scores: a large mark is the mean over seeds, a bar its 95% interval by t, and a dot one seed.
 Updates: a line is the mean over seeds, and a dot one seed. Strength: a line is one seed, and a bar
 Wilson's 95% interval over its episodes; without bars and markers, seeds other than the first.
 """
@@ -23,7 +27,10 @@ PICTURES = table.TOP / ".github/pictures"
 GREY = "#727b85"  # 4.3 times as bright as #0d1117, and white 4.3 times as bright as it
 STYLES = {  # of a method, in all pictures: colour, line, marker
     "qgf": ("#1f7ae0", "-", "o"),
+    "qgf@4": ("#1f7ae0", "--", "D"),
     "qgf-jacobian": ("#2c9a4b", "-.", "^"),
+    "bptt": ("#0f9aa8", "--", "<"),
+    "qfql": ("#b98a00", "-.", ">"),
     "gradstep": ("#a066d3", ":", "v"),
     "bc": (GREY, "-", "x"),
     "bc@4": ("#d9730d", "--", "s"),
@@ -99,6 +106,27 @@ def environments(folders):
     return [name for name in table.FAMILIES if name in names] + sorted(names - {*table.FAMILIES})
 
 
+def scores(folders):
+    """README's table of methods -> a figure."""
+    names = table.FAMILIES
+    figure, axes = plt.subplots(1, len(names), figsize=(2.5 * len(names), 3.2), sharey=True)
+    for name, ax in zip(names, axes, strict=True):
+        found = table.methods(name)
+        for y, (method, runs) in enumerate(found.items()):
+            colour, _, marker = STYLES[method]
+            mean, low, high = table.interval(runs)
+            seeds = [x.mean() for x in runs.values()]
+            ax.plot(seeds, [y + 0.25] * len(seeds), ".", c=colour, ms=4, alpha=0.7)
+            bars = [[mean - low], [high - mean]]
+            ax.errorbar(mean, y, xerr=bars, c=colour, marker=marker, capsize=2, elinewidth=0.8)
+        ax.set(title=f"any goal of {name}", xlim=(-0.03, 1.03), xlabel="success")
+        ax.set_yticks(range(len(found)), found)
+        ax.grid(axis="x")
+    axes[0].invert_yaxis()
+    figure.tight_layout()
+    return figure
+
+
 def updates(folders):
     """{folder: text} -> a figure."""
     figure, axes = panels(environments(folders))
@@ -162,11 +190,13 @@ def main(kind, *folders, to=PICTURES):
     for folder in folders:
         text, _, path = str(folder).rpartition("=")
         named[Path(path)] = text
-    draw = dict(updates=updates, strength=strength)[kind]
-    save(draw(named), Path(to) / f"{kind}.svg")
+    save(DRAWINGS[kind](named), Path(to) / f"{kind}.svg")
 
+
+DRAWINGS = dict(scores=scores, updates=updates, strength=strength)
 
 if __name__ == "__main__":
-    if len(sys.argv) < 3 or sys.argv[1] not in ("updates", "strength"):
+    kind, folders = sys.argv[1:2], sys.argv[2:]
+    if kind != ["scores"] and (not folders or kind[0] not in DRAWINGS):
         sys.exit(__doc__)
-    main(*sys.argv[1:])
+    main(*kind, *folders)

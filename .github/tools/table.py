@@ -209,15 +209,20 @@ def strength_of_qgf(found):
     return x
 
 
+def methods(name):
+    """{method: runs} of a family, at the λ of qgf."""
+    found = family(name)
+    x = strength_of_qgf(found)
+    return {method: found[method, 0.0 if method.startswith("bc") else x] for method in METHODS}
+
+
 def families():
     """README's table of methods, at the λ of qgf."""
     header = ["any goal (oracle goals) of"]
     columns = []
     for name in FAMILIES:
-        found = family(name)
-        x = strength_of_qgf(found)
-        header.append(f"{name}, λ {x:g}")
-        columns.append({m: cell(found[m, 0.0 if m.startswith("bc") else x]) for m in METHODS})
+        header.append(f"{name}, λ {strength_of_qgf(family(name)):g}")
+        columns.append({method: cell(runs) for method, runs in methods(name).items()})
     rows = [["minutes of training", *MINUTES]]
     rows += [[f"`{method}`", *(column[method] for column in columns)] for method in METHODS]
     rows += [[name, *scores] for name, scores in PUBLISHED.items()]

@@ -133,6 +133,9 @@ def test_the_curves_draw(tmp_path):
     import curves
 
     results = table.RESULTS
+    curves.main("scores", to=tmp_path)
+    text = (tmp_path / "scores.svg").read_text()
+    assert all(f">{name}<" in text for name in table.METHODS)
     curves.main("updates", f"words={results / 'cube-double-constant'}", to=tmp_path)
     shutil.copytree(results / "selection/scene", tmp_path / "runs/scene-s0")
     curves.main("strength", tmp_path / "runs", to=tmp_path)
