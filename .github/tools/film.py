@@ -13,9 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-import qgf
+from play import last_row, play, qgf
 
 EPISODES = 8
 SIZE = 140  # pixels of a tile's side
@@ -32,35 +30,26 @@ def tile(env, words):
     return np.array(image)
 
 
-def play(env, nets, method, w, seed, cfg):
-    """The episode of this seed, as `qgf.rollout` plays it -> a list of tiles, two chunks apart."""
-    S, _, A = env.sizes
-    rng = np.random.default_rng(seed)
-    obs, _ = env.reset(seed=seed)
-    tiles = [tile(env, f"{method}, step 0")]
-    over = False
-    while not over:
-        a_0 = np.float32(rng.standard_normal((1, 1, cfg.horizon * A)))
-        s, g = obs[None, :S], obs[None, S:]
-        actions, _ = qgf.sample_actions(nets, s, g, a_0, w, qgf.ESTIMATORS[method], cfg)
-        obs, _, over, _, info = env.step(np.reshape(actions, (cfg.horizon, A)))
-        success, _, steps = info["episode"]
-        words = "solved, step" if success > 0 else "step"
+def film(env, nets, method, w, seed, cfg):
+    """An episode as a list of tiles, two chunks apart."""
+    tiles = []
+    for _, _, over, (success, _, steps) in play(env, nets, method, w, seed, cfg):
+        words = f"{'solved, step' if success > 0 else 'step'} {steps:.0f}"
         if over or steps % (2 * cfg.horizon) == 0:
-            tiles.append(tile(env, f"{method}, {words} {steps:.0f}"))
-    print(f"{method}, seed {seed}: {words} {steps:.0f}", flush=True)
+            tiles.append(tile(env, f"{method}, {words}"))
+    print(f"{method}, seed {seed}: {words}", flush=True)
     return tiles
 
 
 def main(folder, path):
     nets, cfg, task = qgf.load_run(folder)
-    row = [x for x in qgf.read_csv(Path(folder) / "episodes.csv") if x["method"] == "qgf"][-1]
+    row = last_row(folder, "qgf")
     first, w = int(row["first_seed"]), float(row["w"])
     env = qgf.Chunks(task, cfg.horizon, width=2 * SIZE, height=2 * SIZE)
     clips = {}
     for method in ("bc", "qgf"):
         for i in range(EPISODES):
-            clips[method, i] = play(env, nets, method, w, first + i, cfg)
+            clips[method, i] = film(env, nets, method, w, first + i, cfg)
     images = []
     for k in range(max(map(len, clips.values())) + 15):  # the last frame stays a while
         now = {key: tiles[min(k, len(tiles) - 1)] for key, tiles in clips.items()}

@@ -4,14 +4,19 @@
 import re
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
+import gymnasium
+import jax
 import numpy as np
 import pytest
 from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).parent))
+import calibrate
 import table
+from play import play, qgf
 
 OLD = "env,seed,updates,policy_updates,average_policy,fade,method,guidance,weight,w,episode,success"
 NEW = "env,seed,first_seed,code,updates,method,guidance,weight,w,episode,success"
@@ -126,6 +131,29 @@ def test_the_tables_of_the_pages_follow_from_the_episodes(tmp_path):
     for page in table.PAGES:
         assert (tmp_path / page).read_text() == (table.TOP / page).read_text(), page
     assert names >= table.TABLES.keys() - {"forks"}
+
+
+def test_an_episode_is_played_as_a_run_plays_it():
+    task = qgf.find_task("cube-single")
+    cfg = qgf.Config(policy_width=8, critic_width=8, depth=1, episodes=3)
+    make = partial(qgf.Chunks, task, 5, max_episode_steps=22)
+    envs = gymnasium.vector.SyncVectorEnv([make], autoreset_mode="Disabled")
+    env = make()
+    nets = {}
+    for init, _, _ in qgf.LEARNERS.values():
+        nets |= init(jax.random.PRNGKey(0), env.sizes, cfg)
+    results = qgf.rollout(envs, nets, 0.5, "qgf@2", env.sizes, cfg)
+    for i, result in enumerate(results):
+        chunks = [*play(env, nets, "qgf@2", 0.5, cfg.first_seed + i, cfg)]
+        assert np.allclose(chunks[-1][-1], result) and len(chunks) == 5
+        assert [over for _, _, over, _ in chunks] == [False] * 4 + [True]
+
+
+def test_the_steps_that_q_predicts():
+    k = np.array([0, 1, 30, 200])
+    q = [-sum(0.99**i for i in range(n)) for n in k]
+    assert np.allclose(calibrate.steps_to_go(q, 0.99), k)
+    assert np.isinf(calibrate.steps_to_go(-100.5, 0.99))
 
 
 def test_the_curves_draw(tmp_path):
