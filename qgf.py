@@ -413,6 +413,7 @@ import time
 import warnings
 import zipfile
 import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -728,28 +729,39 @@ def digest(values):
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:12]
 
 
-def run_folder(name, task, out, seed):
-    """OUT/DATASET-policy-s0, which all tasks of the data share; OUT/TASK-s0 of the critic."""
+class Run(NamedTuple):
+    """What a command trains and plays, on which data, and how."""
+
+    task: Task
+    sizes: tuple[int, int, int]  # S, G, A
+    files: list[Path]  # of data, which take turns
+    rows: int  # of the first file
+    load_file: Callable  # path -> Data
+    cfg: Config
+
+
+def folder_of(name, task, cfg):
+    """A learner's: OUT/DATASET-policy-s0, which all tasks of the data share, or OUT/TASK-s0."""
     owners = dict(policy=f"{task.dataset or task.name}-policy", critic=task.name)
     owner = owners.get(name, f"{task.name}-{name}")
-    return Path(out).expanduser() / re.sub("[:/]", "-", f"{owner}-s{seed}")
+    return Path(cfg.out).expanduser() / re.sub("[:/]", "-", f"{owner}-s{cfg.seed}")
 
 
-def settings_of(name, task, sizes, files, rows, cfg):
+def settings_of(name, run):
     """All that decides what a learner becomes, for its config.json."""
     checksums = []
-    for path in files:
+    for path in run.files:
         with zipfile.ZipFile(path) as file:
             checksums += [[x.filename, x.CRC] for x in file.infolist()]
     init, loss, _ = LEARNERS[name]
     options = [f.name for f in fields(Config) if {"all", name} & {*f.metadata["of"].split()}]
-    S, G, A = sizes
-    whose = dict(env=task.name, sizes=[S, G, A])
+    S, G, A = run.sizes
+    whose = dict(env=run.task.name, sizes=[S, G, A])
     if name == "policy":  # it is blind to goals and rewards: all tasks of the data share it
-        whose = dict(env=task.dataset or task.name, sizes=[S, 0, A])
-    return {option: getattr(cfg, option) for option in options} | dict(
+        whose = dict(env=run.task.dataset or run.task.name, sizes=[S, 0, A])
+    return {option: getattr(run.cfg, option) for option in options} | dict(
         **whose,
-        data=f"{files[0].name}, {rows:,} rows, hash {digest(checksums)}",
+        data=f"{run.files[0].name}, {run.rows:,} rows, hash {digest(checksums)}",
         code=code_hash("# ---- 6", [init, loss]),
     )
 
@@ -834,22 +846,26 @@ def load(folder, state):
     return state, [row for row in metrics if int(row["updates"]) <= state.step]
 
 
-def fit(name, updates, others, folder, settings, files, load_file, sizes, cfg):
-    """Train a learner, from its checkpoint, to this number of updates -> State."""
+def fit(name, updates, others, run):
+    """Train a learner of a Run, from its checkpoint, to this number of updates -> State."""
     init, loss, option_name = LEARNERS[name]
-    state, metrics = load(folder, init_state(init, sizes, cfg))
+    cfg = run.cfg
+    folder = folder_of(name, run.task, cfg)
+    state, metrics = load(folder, init_state(init, run.sizes, cfg))
     step = int(state.step)
     if step >= updates:
         return state
+    settings = settings_of(name, run)
     save(folder, state, metrics, settings, cfg.keep)
     saved = time.monotonic()
     bar = progress(total=updates, initial=step, desc=f"training {name}", unit=" updates")
     with bar, ThreadPoolExecutor(1) as loader:
-        next_data = loader.submit(load_file, files[step // SWAP % len(files)])
+        next_data = loader.submit(run.load_file, run.files[step // SWAP % len(run.files)])
         while step < updates:
             if step == bar.initial or step % SWAP == 0:
                 data = next_data.result()
-                next_data = loader.submit(load_file, files[(step // SWAP + 1) % len(files)])
+                path = run.files[(step // SWAP + 1) % len(run.files)]
+                next_data = loader.submit(run.load_file, path)
             n = min(CALL - step % CALL, updates - step)
             state, log = train(loss, getattr(cfg, option_name), state, others, data, n, cfg)
             log = {key: float(np.mean(x)) for key, x in log.items()}  # waits for the device
@@ -862,15 +878,24 @@ def fit(name, updates, others, folder, settings, files, load_file, sizes, cfg):
                     break
                 save(folder, state, metrics, settings, cfg.keep)
                 saved = time.monotonic()
-    return fit(name, updates, others, folder, settings, files, load_file, sizes, cfg)  # as saved
+    return fit(name, updates, others, run)  # as saved
 
 
-def evaluate(nets, batch, actor, path, task, sizes, cfg):
-    """Play the rows of the table that episodes.csv lacks.
+def evaluate(nets, updates, batch, run):
+    """Play the rows of a Run's table that episodes.csv lacks; batch measures w.
 
-    actor: the columns that tell networks, code and episodes from others, a dict
     -> {(method, strength): success and return of its episodes (2, n)}
     """
+    cfg = run.cfg
+    path = folder_of("critic", run.task, cfg) / "episodes.csv"
+    code = code_hash("# ====", ESTIMATORS.values())
+    actor = dict(  # tells networks, code and episodes from others
+        env=run.task.name,
+        seed=cfg.seed,
+        first_seed=cfg.first_seed,
+        code=digest([code, *(settings_of(name, run) for name in LEARNERS)]),
+        updates=updates,
+    )
     strengths = [(x, 0.0) for x in cfg.guidance] + [(0.0, x) for x in cfg.weights]
     wanted = [("bc", 0.0, 0.0)]
     for method in cfg.methods:
@@ -884,13 +909,13 @@ def evaluate(nets, batch, actor, path, task, sizes, cfg):
         if len(rows) >= cfg.episodes:
             print(f"{method:8}{len(rows)} episodes found in {path}")
         else:
-            envs = envs or make_envs(task, cfg)
+            envs = envs or make_envs(run.task, cfg)
             w = weight
             if guidance > 0:
                 estimator = ESTIMATORS[parse_method(method)[0]]
                 w = relative_weight(guidance, nets, batch, estimator, cfg)
             with refusing("the process of an environment has ended", EOFError, ConnectionError):
-                results = rollout(envs, nets, w, method, sizes, cfg)
+                results = rollout(envs, nets, w, method, run.sizes, cfg)
             rows = []
             for i, result in enumerate(results.tolist()):
                 result = dict(zip(("success", "return", "length"), result, strict=True))
@@ -954,10 +979,10 @@ def load_run(folder):
     if "env" not in saved:
         raise UserError(f"{folder} is no run: it has no config.json of a critic")
     task = find_task(saved["env"])
-    cfg = config(env=task.name, out=str(folder.parent))
+    cfg = config(env=task.name, out=str(folder.parent), seed=saved["seed"])
     nets = {}
     for learner, (init, _, _) in LEARNERS.items():
-        path = run_folder(learner, task, folder.parent, saved["seed"])
+        path = folder_of(learner, task, cfg)
         settings = read_json(path / "config.json")
         options = [f.name for f in fields(Config) if f.metadata["of"] and f.name in settings]
         cfg = replace(cfg, **{name: settings[name] for name in options})
@@ -1068,34 +1093,26 @@ def main(argv=None):
     )
     del data  # its place is for the next files
 
-    runs = {}
-    for name in LEARNERS:
-        folder = run_folder(name, task, cfg.out, cfg.seed)
-        settings = settings_of(name, task, env.sizes, files, N, cfg)
-        check_settings(folder, settings, cfg.keep)
+    run = Run(task, env.sizes, files, N, load_file, cfg)
+    for name, (_, _, option_name) in LEARNERS.items():
+        folder = folder_of(name, task, cfg)
+        check_settings(folder, settings_of(name, run), cfg.keep)
         found = [0] + [int(row["updates"]) for row in read_csv(folder / "metrics.csv")]
-        total = getattr(cfg, LEARNERS[name][2])
+        total = getattr(cfg, option_name)
         print(f"{name:8}{found[-1]:,} of {total:,} updates found in {folder}", flush=True)
-        runs[name] = folder, settings, total
-    code = code_hash("# ====", ESTIMATORS.values())
-    actor = dict(env=task.name, seed=cfg.seed, first_seed=cfg.first_seed)
-    actor["code"] = digest([code, *(settings for _, settings, _ in runs.values())])
-    episodes = run_folder("critic", task, cfg.out, cfg.seed) / "episodes.csv"
 
     nets = {}
-    for name, (folder, settings, total) in runs.items():
+    for name, (_, _, option_name) in LEARNERS.items():
         is_last = name == [*LEARNERS][-1]
+        total = getattr(cfg, option_name)
         every = cfg.eval_every if is_last and cfg.eval_every else total
         for updates in [*range(every, total, every), total]:
-            source = files, load_file, env.sizes, cfg
-            state = fit(name, updates, nets, folder, settings, *source)
+            state = fit(name, updates, nets, run)
             if is_last and state.step == updates:
-                now = actor | dict(updates=updates)
-                acting = nets | state.average
-                played = evaluate(acting, batch, now, episodes, task, env.sizes, cfg)
+                played = evaluate(nets | state.average, updates, batch, run)
                 print(f"\n{task.name} after {updates} updates", *table(played, task), sep="\n")
         nets |= state.average
-    print("saved in", *[folder for folder, *_ in runs.values()])
+    print("saved in", *[folder_of(name, task, cfg) for name in LEARNERS])
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import tomllib
 from dataclasses import replace
@@ -800,12 +801,13 @@ def fake_rollout(monkeypatch):
 
 def test_only_rows_that_lack_are_played(tmp_path, monkeypatch):
     played = fake_rollout(monkeypatch)
+    write(tmp_path)
 
     def evaluate(updates=300, episodes=4, **changes):
         played.clear()
-        cfg = replace(TINY, episodes=episodes, **changes)
-        actor = dict(updates=updates, code="abc", first_seed=cfg.first_seed)
-        found = qgf.evaluate(None, None, actor, tmp_path / "episodes.csv", TASK, SIZES, cfg)
+        cfg = replace(TINY, episodes=episodes, out=str(tmp_path), **changes)
+        run = qgf.Run(TASK, SIZES, [tmp_path / "d.npz"], 29, None, cfg)
+        found = qgf.evaluate(None, updates, None, run)
         assert {x.shape for x in found.values()} == {(2, 4)} or episodes != 4
         return [f"{method} {w}" for method, w, _ in played], [*found]
 
@@ -815,7 +817,7 @@ def test_only_rows_that_lack_are_played(tmp_path, monkeypatch):
     new = ["qgf 0.5", "bptt 3.0", "bptt 0.5", "bc@2 0.0"]
     assert evaluate(methods=("qgf", "bptt", "bc@2"), weights=(0.5,))[0] == new
     assert evaluate(400)[0] == evaluate(400, episodes=6)[0] == evaluate(first_seed=7)[0] == both
-    rows = qgf.read_csv(tmp_path / "episodes.csv")
+    rows = qgf.read_csv(tmp_path / "cube-single-task1-s0/episodes.csv")
     assert len(rows) == 8 + 16 + 12 + 8 and rows[0]["w"] == "0" and rows[4]["w"] == "3"
 
 
@@ -855,19 +857,24 @@ def test_without_success_the_return_is_compared():
 
 
 # ---- runs
-def settings(**changes):
-    return dict(lr=1e-3, data="a", code="abc") | changes
+SLICES = tempfile.TemporaryDirectory()
+for letter in "abc":
+    np.savez(f"{SLICES.name}/{letter}.npz", letter)
 
 
 def some_data(path):
-    rng = np.random.default_rng(ord(path.name))
+    rng = np.random.default_rng(ord(path.stem))
     return DATA._replace(rewards=np.float32(rng.normal(size=64)))
 
 
-def fit(folder, updates, learner="policy", files="ab", load_file=some_data, words=None, **changes):
-    cfg = replace(TINY, **changes)
-    source = [*map(Path, files)], load_file, SIZES, cfg
-    return qgf.fit(learner, updates, {}, folder, words or settings(), *source)
+def fit(out, updates, learner="policy", files="ab", load_file=some_data, **changes):
+    files = [Path(SLICES.name, f"{x}.npz") for x in files]
+    cfg = replace(TINY, out=str(out), **changes)
+    return qgf.fit(learner, updates, {}, qgf.Run(TASK, SIZES, files, 60, load_file, cfg))
+
+
+def folder_of(out, learner="policy"):
+    return qgf.folder_of(learner, TASK, replace(TINY, out=str(out)))
 
 
 def files_of(folder):
@@ -881,33 +888,38 @@ def test_a_run_that_stops_goes_on_bitwise(tmp_path, learner):
     for updates in (100, 1100, 1300):
         state = fit(two, updates, learner)
     assert_same(whole, state)
+    one, two = folder_of(one, learner), folder_of(two, learner)
     assert files_of(one) == files_of(two) and len(files_of(one)) == 3
     metrics = qgf.read_csv(one / "metrics.csv")
     assert [int(row["updates"]) for row in metrics] == [*range(100, 1301, 100)]
-    assert_same(fit(one, 1200, learner), whole)  # it has gone further
+    out = tmp_path / "one"
+    assert_same(fit(out, 1200, learner), whole)  # it has gone further
     for name, what in ("metrics.csv", "rows"), ("checkpoint.npz", "training begins again"):
         (one / name).write_bytes(files_of(one)[name].replace(b",", b"", 1)[:-30])
         with pytest.raises(qgf.UserError, match=rf"{name} is damaged, without it, .*{what}"):
-            fit(one, 1300, learner)
+            fit(out, 1300, learner)
 
 
 def test_a_folder_belongs_to_one_run(tmp_path):
     fit(tmp_path, 100)
-    qgf.check_settings(tmp_path, settings(), False)
-    for change in (dict(lr=2e-3), dict(data="b"), dict(new=1)):
-        (name,) = change
+    folder = folder_of(tmp_path)
+    saved = qgf.read_json(folder / "config.json")
+    qgf.check_settings(folder, saved, False)
+    for name, x in dict(lr=2e-3, data="b", new=1).items():
         for keep in (False, True):
             with pytest.raises(qgf.UserError, match=rf"{name} .*--out"):
-                qgf.check_settings(tmp_path, settings(**change), keep)
+                qgf.check_settings(folder, saved | {name: x}, keep)
     with pytest.raises(qgf.UserError, match=r"other code: .*--out NEW, or --keep"):
-        qgf.check_settings(tmp_path, settings(code="def"), False)
-    qgf.check_settings(tmp_path, settings(code="def"), keep=True)
-    (tmp_path / "config.json").write_text("")
+        qgf.check_settings(folder, saved | dict(code="def"), False)
+    qgf.check_settings(folder, saved | dict(code="def"), keep=True)
+    with pytest.raises(qgf.UserError, match=r"data a\.npz, 60 rows, hash .*, not b\.npz"):
+        fit(tmp_path, 200, files="b")
+    (folder / "config.json").write_text("")
     with pytest.raises(qgf.UserError, match=r"config\.json is damaged"):
-        qgf.check_settings(tmp_path, settings(), False)
-    (tmp_path / "config.json").unlink()
-    with pytest.raises(qgf.UserError, match=r"trained with lr None"):
-        qgf.check_settings(tmp_path, settings(), False)
+        qgf.check_settings(folder, saved, False)
+    (folder / "config.json").unlink()
+    with pytest.raises(qgf.UserError, match=r"trained with seed None"):
+        qgf.check_settings(folder, saved, False)
 
 
 def during_training(monkeypatch, what):
@@ -930,19 +942,18 @@ def test_a_slower_run_takes_over_what_is_ahead(tmp_path, monkeypatch):
     monkeypatch.setattr(qgf, "SAVE", 0)
     assert_same(fit(tmp_path / "both", 1300), alone)
     assert len(calls) == 3 + 9 + 2  # it goes on where the faster one was
-    assert files_of(tmp_path / "both") == files_of(tmp_path / "alone")
+    assert files_of(folder_of(tmp_path / "both")) == files_of(folder_of(tmp_path / "alone"))
 
 
 def test_two_runs_with_other_options_do_not_mix(tmp_path, monkeypatch):
-    folder = tmp_path / "new"
 
     def other():
-        shutil.rmtree(folder)  # both began before there was one
-        fit(folder, 300, words=settings(lr=1e-9), lr=1e-9)
+        shutil.rmtree(folder_of(tmp_path))  # both began before there was one
+        fit(tmp_path, 300, lr=1e-9)
 
     during_training(monkeypatch, other)
     with pytest.raises(qgf.UserError, match=r"trained with lr 1e-09, not 0\.001"):
-        fit(folder, 500)
+        fit(tmp_path, 500)
 
 
 def test_files_take_turns_and_each_20_seconds_are_saved(tmp_path, monkeypatch):
@@ -950,7 +961,7 @@ def test_files_take_turns_and_each_20_seconds_are_saved(tmp_path, monkeypatch):
     clock = iter(range(0, 10**6, 4))  # each look at the clock takes 4 s
 
     def train(loss, total, state, others, data, n, cfg):
-        seen.extend(data.name * (n // 50))
+        seen.extend(data.stem * (n // 50))
         return state._replace(step=state.step + n), dict(x=np.zeros(n))
 
     def watched_save(folder, state, *rest):
@@ -968,7 +979,7 @@ def test_files_take_turns_and_each_20_seconds_are_saved(tmp_path, monkeypatch):
 
 def test_nan_is_refused_and_the_last_checkpoint_kept(tmp_path, monkeypatch):
     fit(tmp_path, 100)
-    before = files_of(tmp_path)
+    before = files_of(folder_of(tmp_path))
 
     def train(loss, total, state, others, data, n, cfg):
         params = jax.tree.map(lambda x: x * np.nan, state.params)
@@ -977,12 +988,12 @@ def test_nan_is_refused_and_the_last_checkpoint_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(qgf, "train", train)
     with pytest.raises(qgf.UserError, match=r"NaN.* 200 updates"):
         fit(tmp_path, 200)
-    assert files_of(tmp_path) == before
+    assert files_of(folder_of(tmp_path)) == before
 
 
 def test_what_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(qgf.UserError, match=r"cannot write .*file/x/config\.json"):
+    with pytest.raises(qgf.UserError, match=r"cannot write .*file/x/.*/config\.json"):
         fit(tmp_path / "file/x", 100)
 
 

@@ -420,7 +420,7 @@ def test_dqc(tmp_path):
 def test_wandb(tmp_path, monkeypatch):
     """What a stub of wandb is given when a learner trains, and when its training is resumed."""
     fork = load("wandb")
-    cfg = fork.Config(**SMALL)
+    cfg = fork.Config(**SMALL, out=str(tmp_path / "runs"))
     runs = []
 
     class Run:
@@ -440,15 +440,17 @@ def test_wandb(tmp_path, monkeypatch):
     stub = ModuleType("wandb")
     stub.init = Run
     monkeypatch.setitem(sys.modules, "wandb", stub)
-    folder = tmp_path / "runs" / "cube-s0"
-    settings = dict(seed=0)
-    more = {}, folder, settings, ["own.npz"], lambda path: make_data(), (S, G, A), cfg
+    np.savez(tmp_path / "own.npz", 0)
+    files = [tmp_path / "own.npz"]
+    task = fork.Task("cube", "cube-v0")
+    source = fork.Run(task, (S, G, A), files, N, lambda path: make_data(), cfg)
     for updates in (100, 100, 300):  # the second finds nothing to do
-        fork.fit("policy", updates, *more)
+        fork.fit("critic", updates, {}, source)
     assert [[step for step, _ in run.rows] for run in runs] == [[100], [200, 300]]
     for run in runs:
         assert run.ended and run.given["id"] == "runs-cube-s0" and run.given["resume"] == "allow"
-        assert run.given["config"] == settings
-    rows = {int(row["updates"]): row for row in fork.read_csv(folder / "metrics.csv")}
+        assert run.given["config"] == fork.settings_of("critic", source)
+    rows = fork.read_csv(tmp_path / "runs/cube-s0/metrics.csv")
+    rows = {int(row["updates"]): row for row in rows}
     for step, row in [x for run in runs for x in run.rows]:
-        assert float(rows[step]["policy_loss"]) == row["policy_loss"]  # as in metrics.csv
+        assert float(rows[step]["q_loss"]) == row["q_loss"]  # as in metrics.csv
