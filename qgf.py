@@ -17,6 +17,7 @@ flattened); r_i and s_i are the reward and the state i steps later. a_0 ~ N(0, I
                a_t += 1/T (v̄(s, a_t, t) + w d)               w = 1/β; w = 0 is BC
            then execute the H actions of clip(a_1, -1, 1)
     w      = λ / rms(d), since Q has no scale of its own: it pushes λ times as hard as the flow
+             in the median state
 
     python qgf.py --env cube-double                            train, evaluate; or resume
     python qgf.py --env cube-double --methods qgf@4 bptt       same networks, other methods
@@ -51,7 +52,7 @@ class Config:
     keep: bool = option(False, "use networks that other code has trained")
     # playing
     methods: tuple[str, ...] = option(("qgf",), "rows of the table; NAME@4: best of 4 by Q")
-    guidance: tuple[float, ...] = option((0.3,), "λ: how hard Q pushes, relative to the flow")
+    guidance: tuple[float, ...] = option((0.1,), "λ: how hard Q pushes, relative to the flow")
     weights: tuple[float, ...] = option((), "w = 1/β, instead of λ: as in the paper")
     episodes: int = option(50, "episodes in a row of the table", low=1)
     first_seed: int = option(2_000_000, "episode i has seed N + i; choose λ on others")
@@ -352,10 +353,10 @@ ASCENTS = 3  # steps of gradstep, which push by w d together, as the T steps of 
 
 @partial(jax.jit, static_argnames=("method", "cfg"))
 def sample_actions(nets, s, g, a_0, w, method, cfg):
-    """From noise to actions: s (B, S), g (B, G), a_0 (B, N, H*A) -> a (B, H*A), the rms of d.
+    """From noise to actions: s (B, S), g (B, G), a_0 (B, N, H*A) -> a (B, H*A), rms of d (B*N,).
 
     nets is dict(policy, critic), w the weight, and method an estimator. Each state gets N samples;
-    the one with the largest Q̄ is returned.
+    the one with the largest Q̄ is returned. The rms is over steps and dimensions.
     """
     B, N, D = a_0.shape  # D is H*A
     T = cfg.denoise_steps
@@ -371,17 +372,17 @@ def sample_actions(nets, s, g, a_0, w, method, cfg):
         t = jnp.full((B * N, 1), i / T)
         v = flow(a_t, t)
         d = method(q, flow, a_t, t, v, T)
-        return a_t + (v + w * d) / T, jnp.mean(d**2)
+        return a_t + (v + w * d) / T, jnp.mean(d**2, axis=1)  # (B*N, D), (B*N,)
 
     def ascend(a, _):
         d = grad_q(q, a)
-        return jnp.clip(a + w * d / ASCENTS, -1, 1), jnp.mean(d**2)
+        return jnp.clip(a + w * d / ASCENTS, -1, 1), jnp.mean(d**2, axis=1)
 
     a, squares = jax.lax.scan(euler, a_0.reshape(B * N, D), jnp.arange(T))
     a = jnp.clip(a, -1, 1)
     if method is gradstep:
         a, squares = jax.lax.scan(ascend, a, length=ASCENTS)
-    rms = jnp.sqrt(squares.mean())
+    rms = jnp.sqrt(squares.mean(axis=0))  # (T, B*N) -> (B*N,)
     if N > 1:
         best = q(a).reshape(B, N).argmax(axis=1)  # (B*N,) -> (B, N) -> (B,)
         a = a.reshape(B, N, D)[jnp.arange(B), best]  # (B, D)
@@ -389,11 +390,15 @@ def sample_actions(nets, s, g, a_0, w, method, cfg):
 
 
 def relative_weight(guidance, nets, batch, method, cfg):
-    """w = λ / rms(d), along the unguided flow, whose velocity has an rms of about 1."""
+    """w = λ / rms(d) of the median state, along the unguided flow, whose v has an rms of about 1.
+
+    The median, since Q is ten times as steep in a few states, which would decide a mean.
+    """
     s, g, a = batch.observations, batch.goals, batch.actions
     a_0 = jax.random.normal(jax.random.PRNGKey(0), a[:, None].shape)  # (B, 1, H*A)
     _, rms = sample_actions(nets, s, g, a_0, 0.0, method, cfg)
-    return guidance / float(rms) if rms > 0 else 0.0
+    typical = float(jnp.median(rms))
+    return guidance / typical if typical > 0 else 0.0
 
 
 # ==== The algorithm ends here.
@@ -1002,8 +1007,9 @@ FAMILY = {  # defaults by a name's start
         depth=3,
         expectile=0.9,
         collect=200_000,
+        guidance=(0.03,),
     ),
-    "cube-double": dict(guidance=(1.0,)),
+    "cube-double": dict(guidance=(0.25,)),
     ("scene", "puzzle-3x3"): dict(sparse=True, policy_updates=60_000, critic_updates=120_000),
 }
 
