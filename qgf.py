@@ -1009,7 +1009,13 @@ FAMILY = {  # defaults by a name's start
         collect=200_000,
         guidance=(0.03,),
     ),
-    "cube-double": dict(guidance=(0.25,)),
+    "cube-double": dict(
+        policy_updates=200_000,
+        critic_updates=170_000,
+        batch_size=512,
+        lr_decay=1.0,
+        guidance=(0.25,),
+    ),
     ("scene", "puzzle-3x3"): dict(sparse=True, policy_updates=60_000, critic_updates=120_000),
 }
 

@@ -1009,9 +1009,9 @@ def test_readmes_commands_are_understood():
 
 
 def test_quick_start_printed_its_table():
-    played = {("bc", ""): [], ("qgf", "λ 0.3"): []}
+    played = {("bc", ""): [], ("qgf", "λ 0.03"): []}
     for row in qgf.read_csv(HERE / ".github/results/quick-start/episodes.csv"):
-        strength = "λ 0.3" if row["method"] == "qgf" else ""
+        strength = "λ 0.03" if row["method"] == "qgf" else ""
         played[row["method"], strength].append((float(row["success"]), float(row["return"])))
     lines = qgf.table({key: np.array(x).T for key, x in played.items()}, GOAL)
     readme = (HERE / "README.md").read_text()
