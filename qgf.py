@@ -16,8 +16,7 @@ flattened); r_i and s_i are the reward and the state i steps later. a_0 ~ N(0, I
                d   = ∇_{â_1} min_k Q̄_k(s, g, â_1)            the direction in which Q grows
                a_t += 1/T (v̄(s, a_t, t) + w d)               w = 1/β; w = 0 is BC
            then execute the H actions of clip(a_1, -1, 1)
-    w      = λ / rms(d), since Q has no scale of its own: it pushes λ times as hard as the flow
-             in the median state
+    w      = λ / rms(d) of the median state: Q, whatever its scale, pushes λ times as hard as v
 
     python qgf.py --env cube-double                            train, evaluate; or resume
     python qgf.py --env cube-double --methods qgf@4 bptt       same networks, other methods
@@ -103,10 +102,8 @@ def mlp(layers, x):
 
 
 def velocity(policy, s, a_t, t, cfg):
-    """The flow v(s, a_t, t): s (B, S), a_t (B, H*A), t (B, 1) in [0, 1] -> (B, H*A).
-
-    It knows the times 0, 1/T, ..., 1 of its training: between them, these angles mean nothing.
-    """
+    """The flow v(s, a_t, t): s (B, S), a_t (B, H*A), t (B, 1) in [0, 1] -> (B, H*A)."""
+    # It knows the times 0, 1/T, ..., 1 of its training: between them, these angles mean nothing.
     angles = 10_000 * t * jnp.exp(-math.log(10_000) * jnp.arange(8) / 8)  # (B, 1) * (8,) -> (B, 8)
     return mlp(policy, jnp.concatenate([s, a_t, jnp.cos(angles), jnp.sin(angles)], axis=1))
 
@@ -390,14 +387,11 @@ def sample_actions(nets, s, g, a_0, w, method, cfg):
 
 
 def relative_weight(guidance, nets, batch, method, cfg):
-    """w = λ / rms(d) of the median state, along the unguided flow, whose v has an rms of about 1.
-
-    The median, since Q is ten times as steep in a few states, which would decide a mean.
-    """
+    """w = λ / rms(d) of the median state, along the unguided flow, whose v has an rms near 1."""
     s, g, a = batch.observations, batch.goals, batch.actions
     a_0 = jax.random.normal(jax.random.PRNGKey(0), a[:, None].shape)  # (B, 1, H*A)
     _, rms = sample_actions(nets, s, g, a_0, 0.0, method, cfg)
-    typical = float(jnp.median(rms))
+    typical = float(jnp.median(rms))  # a tenth of the states, in which Q is steep, decides a mean
     return guidance / typical if typical > 0 else 0.0
 
 
