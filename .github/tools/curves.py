@@ -106,12 +106,12 @@ def environments(folders):
     return [name for name in table.FAMILIES if name in names] + sorted(names - {*table.FAMILIES})
 
 
-def scores(folders):
+def scores(_):
     """README's table of methods -> a figure."""
     names = table.FAMILIES
     figure, axes = plt.subplots(1, len(names), figsize=(2.5 * len(names), 3.2), sharey=True)
     for name, ax in zip(names, axes, strict=True):
-        found = table.methods(name)
+        found = table.runs_of(name)
         for y, (method, runs) in enumerate(found.items()):
             colour, _, marker = STYLES[method]
             mean, low, high = table.interval(runs)

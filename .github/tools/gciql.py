@@ -53,6 +53,8 @@ def make_agent(clone, data, seed):
 
 def main(clone, env_name, seed, minutes, out):
     seed = int(seed)
+    git = ["git", "-C", clone, "rev-parse", "--short=12", "HEAD"]
+    code = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     cfg = qgf.config(env=env_name, seed=seed, episodes=100, horizon=1)
     task = qgf.find_task(env_name)
     env = qgf.make_env(task, cfg.horizon)
@@ -80,8 +82,6 @@ def main(clone, env_name, seed, minutes, out):
     envs = qgf.make_envs(task, cfg)
     results = qgf.rollout(envs, {}, 0.0, "bc", env.sizes, cfg)
     envs.close(terminate=True)
-    git = ["git", "-C", clone, "rev-parse", "--short=12", "HEAD"]
-    code = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     key = dict(env=task.name, seed=seed, first_seed=cfg.first_seed, code=code, updates=updates)
     key |= dict(method="gciql", guidance=0.0, weight=0.0, w=0)
     rows = [

@@ -209,7 +209,7 @@ def strength_of_qgf(found):
     return x
 
 
-def methods(name):
+def runs_of(name):
     """{method: runs} of a family, at the λ of qgf."""
     found = family(name)
     x = strength_of_qgf(found)
@@ -222,7 +222,7 @@ def families():
     columns = []
     for name in FAMILIES:
         header.append(f"{name}, λ {strength_of_qgf(family(name)):g}")
-        columns.append({method: cell(runs) for method, runs in methods(name).items()})
+        columns.append({method: cell(runs) for method, runs in runs_of(name).items()})
     rows = [["minutes of training", *MINUTES]]
     rows += [[f"`{method}`", *(column[method] for column in columns)] for method in METHODS]
     rows += [[name, *scores] for name, scores in PUBLISHED.items()]
@@ -331,7 +331,7 @@ def edp():
         rows.append(([name, cell(runs), cell(qgf)], (qgf, runs)))
     today = group(read(RESULTS / "forks/edp/frozen-critic"), "method")
     runs, qgf = today[("edp",)], today[("qgf",)]
-    rows.append((["cube-single, today's diff, no c(t)", cell(runs), cell(qgf)], (qgf, runs)))
+    rows.append((["cube-single, f9f3884, no c(t)", cell(runs), cell(qgf)], (qgf, runs)))
     return compared(["any goal of", "`edp`, α 30", "`qgf`"], "`qgf` − `edp`", rows)
 
 
