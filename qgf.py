@@ -400,7 +400,6 @@ import argparse
 import ast
 import csv
 import hashlib
-import importlib
 import json
 import multiprocessing
 import os
@@ -452,13 +451,7 @@ def find_task(name):
     """OGBench's name of a task, short or full, or a gymnasium id -> Task."""
     base, kind, single, number, _ = NAMES.fullmatch(name).groups("")
     if f"{base}-singletask-v0" not in gymnasium.registry:
-        hint = "OGBench's are as cube-double-task2, yours as package:Id-v0"
-        with refusing(f"--env {name} ({hint})", gymnasium.error.Error, ImportError):
-            package, _, env_id = name.rpartition(":")
-            if package:
-                importlib.import_module(package)
-            gymnasium.spec(env_id)
-        return Task(name, name)
+        return Task(name, name)  # gymnasium.make says it if there is none
     if base.startswith("visual"):
         raise UserError(f"--env {name}: states must be vectors, not pixels")
     usual = "-navigate" if re.search("maze|soccer", base) else "-play"
@@ -494,24 +487,19 @@ def find_files(task, cfg):
         return files
     if not task.dataset:
         raise UserError(f"--env {task.name} is not OGBench's: give transitions as --data PATH")
-    for path in (official, collected):
-        if zipfile.is_zipfile(path):
-            return [path]
-    official.unlink(missing_ok=True)  # it was cut off
-    reason = "what came is no whole .npz"
-    try:
-        ogbench.download_datasets([task.dataset], DATA)
-    except Exception as e:  # whatever it is, there is another way
-        reason = repr(e)
+    if not zipfile.is_zipfile(official) and not collected.exists():
+        official.unlink(missing_ok=True)  # a download was cut off, or was the page of a portal
+        try:
+            ogbench.download_datasets([task.dataset], DATA)
+        except Exception as e:  # whatever it is, there is another way
+            print(f"data    no download of {task.dataset}: {e!r}", flush=True)
     if zipfile.is_zipfile(official):
         return [official]
-    official.unlink(missing_ok=True)  # it is the page of a portal
-    print(f"data    no download of {task.dataset} ({reason}): collecting", flush=True)
-    if not COLLECT.exists():
-        raise UserError(f"{COLLECT} is missing: clone the whole repository, or give --data PATH")
-    command = [sys.executable, COLLECT, task.dataset, str(cfg.collect), collected]
-    if subprocess.run(command, check=False).returncode:
-        raise UserError(f"no data for {task.name}: add {official}, or give --data PATH")
+    if not collected.exists():
+        command = [sys.executable, COLLECT, task.dataset, str(cfg.collect), collected]
+        if subprocess.run(command, check=False).returncode:
+            ways = f"add {official}, clone the whole repository to collect, or give --data PATH"
+            raise UserError(f"no data for {task.name}: {ways}")
     return [collected]
 
 
@@ -525,18 +513,20 @@ def load_data(path, task, env, cfg):
 
     with refusing(f"{path} is no whole .npz of numbers", *UNREADABLE), np.load(path) as file:
         raw = {x: file[x] for x in file if x in COLUMNS or ENDS.search(x)}
-    N = len(np.atleast_1d(raw["actions"]))
+    N = len(raw["actions"])
+    for name in raw.keys() - {*COLUMNS}:
+        known = "give terminals (1 in a trajectory's last row), or D4RL's with timeouts"
+        need(raw.pop(name).shape[:1] != (N,), f"{name} is not understood: {known}")
+    S, _, A = env.sizes
+    shapes = dict(observations=(N, S), actions=(N, A), rewards=(N,), masks=(N,))
+    shapes |= dict(terminals=(N,), timeouts=(N,))
     for name, x in raw.items():
-        if name not in COLUMNS:
-            known = "give terminals (1 in a trajectory's last row), or D4RL's with timeouts"
-            need(x.shape[:1] != (N,), f"{name} is not understood: {known}")
-            continue
-        need(x.shape[:1] == (N,), f"{name} has the shape {x.shape}, with {N} actions")
+        shape = shapes.get(name, (N, *x.shape[1:]))
+        need(x.shape in (shape, (*shape, 1)), f"{name} has the shape {x.shape}, not {shape}")
         need(x.dtype.kind in "biuf", f"{name} holds no numbers, but {x.dtype}")
-        if name in ("terminals", "timeouts", "masks", "rewards"):
-            need(x.size == N, f"{name} has the shape {x.shape}, not ({N},)")
-            raw[name] = x.reshape(N)
-            need(name == "rewards" or np.isin(x, (0, 1)).all(), f"{name} must be 0 or 1")
+        raw[name] = x.reshape(shape)
+        if name in ("terminals", "timeouts", "masks"):
+            need(np.isin(x, (0, 1)).all(), f"{name} must be 0 or 1")
 
     if "timeouts" in raw:  # D4RL, whose terminals are ends of tasks, not of trajectories
         raw["masks"] = 1.0 - raw["terminals"]
@@ -560,14 +550,11 @@ def load_data(path, task, env, cfg):
     if not task.dataset:
         raw["actions"] = 2 * (raw["actions"] - env.low) / (env.high - env.low) - 1
 
-    S, G, A = env.sizes
     after = np.arange(N) + cfg.horizon  # the row after a chunk; if solved, it need not exist
     starts = np.flatnonzero(after <= ends + solved)
     need(len(starts) > 0, "all trajectories are shorter than a chunk: lower --horizon")
     columns = dict(ends=np.int32(ends), starts=np.int32(starts))
-    shapes = dict(observations=(N, S), actions=(N, A), rewards=(N,), masks=(N,), goals=(N, G))
-    for name, shape in shapes.items():
-        need(raw[name].shape == shape, f"{name} has the shape {raw[name].shape}, not {shape}")
+    for name in ("observations", "actions", "rewards", "masks", "goals"):
         columns[name] = np.float32(raw[name])
         need(np.isfinite(columns[name]).all(), f"{name} has NaN or Inf")
     inside = np.abs(columns["actions"]).max() < 1.001
@@ -595,7 +582,8 @@ class Chunks(gymnasium.Wrapper):
         if task.has_goals:
             options["use_oracle_rep"] = True
         warnings.filterwarnings("ignore", message=".*DISPLAY|.*precision lowered")
-        with refusing(f"--env {task.name}", gymnasium.error.Error, ImportError):
+        hint = "OGBench's are as cube-double-task2, yours as package:Id-v0"
+        with refusing(f"--env {task.name} ({hint})", gymnasium.error.Error, ImportError):
             env = gymnasium.make(task.env_id, disable_env_checker=True, **options)
         box = env.action_space
         for space in (env.observation_space, box):
@@ -710,14 +698,22 @@ SOURCE = Path(__file__).read_text("utf-8")  # as it runs here: the file may be e
 UNREADABLE = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
-def code_hash(end, functions):
-    """Hash of this file's syntax from section 2 to the line `end`, and of functions from elsewhere.
+def code_hash(*functions):
+    """Hash of the syntax of functions and of all that they use of this file; comments do not count.
 
-    Those count with the text of their file. One typed at a prompt is equal to itself alone.
+    One from elsewhere counts with the text of its file. One typed at a prompt equals itself alone.
     """
-    code = [ast.unparse(ast.parse(SOURCE[SOURCE.index("# ---- 2") : SOURCE.index(end)]))]
+    defined = {}
+    for node in ast.parse(SOURCE).body:
+        for target in getattr(node, "targets", [node]):  # of an assignment, or a def or a class
+            defined[getattr(target, "name", getattr(target, "id", None))] = node
+    used = [f.__name__ for f in functions if f.__module__ == __name__]
+    for name in used:  # which grows on the way
+        names = [x.id for x in ast.walk(defined[name]) if isinstance(x, ast.Name)]
+        used += [x for x in dict.fromkeys(names) if x in defined and x not in used]
+    code = [ast.unparse(defined[name]) for name in sorted(used)]
     for function in functions:
-        if getattr(function, "__module__", None) != __name__:
+        if function.__module__ != __name__:
             path = Path(getattr(getattr(function, "__code__", None), "co_filename", ""))
             code.append(path.read_text("utf-8") if path.is_file() else repr(function))
     return digest(code)
@@ -746,6 +742,11 @@ def folder_of(name, task, cfg):
     return Path(cfg.out).expanduser() / re.sub("[:/]", "-", f"{owner}-s{cfg.seed}")
 
 
+def options_of(name):
+    """Names of the options that change a learner."""
+    return [f.name for f in fields(Config) if {"all", name} & {*f.metadata["of"].split()}]
+
+
 def settings_of(name, run):
     """All that decides what a learner becomes, for its config.json."""
     checksums = []
@@ -753,15 +754,14 @@ def settings_of(name, run):
         with zipfile.ZipFile(path) as file:
             checksums += [[x.filename, x.CRC] for x in file.infolist()]
     init, loss, _ = LEARNERS[name]
-    options = [f.name for f in fields(Config) if {"all", name} & {*f.metadata["of"].split()}]
     S, G, A = run.sizes
     whose = dict(env=run.task.name, sizes=[S, G, A])
     if name == "policy":  # it is blind to goals and rewards: all tasks of the data share it
         whose = dict(env=run.task.dataset or run.task.name, sizes=[S, 0, A])
-    return {option: getattr(run.cfg, option) for option in options} | dict(
+    return {option: getattr(run.cfg, option) for option in options_of(name)} | dict(
         **whose,
         data=f"{run.files[0].name}, {run.rows:,} rows, hash {digest(checksums)}",
-        code=code_hash("# ---- 6", [init, loss]),
+        code=code_hash(train, init, loss),
     )
 
 
@@ -838,8 +838,6 @@ def load(folder, state):
     without = "without it, training begins again"
     with refusing(f"{path} is damaged, {without}", *UNREADABLE), np.load(path) as file:
         leaves = [jnp.asarray(x) for x in file.values()]
-    if [x.shape for x in leaves] != [np.shape(x) for x in jax.tree.leaves(state)]:
-        raise UserError(f"{path} has networks of other shapes: give another --out")
     state = jax.tree.unflatten(jax.tree.structure(state), leaves)
     metrics = read_csv(folder / "metrics.csv")
     return state, [row for row in metrics if int(row["updates"]) <= state.step]
@@ -887,45 +885,38 @@ def evaluate(nets, updates, batch, run):
     """
     cfg = run.cfg
     path = folder_of("critic", run.task, cfg) / "episodes.csv"
-    code = code_hash("# ====", ESTIMATORS.values())
-    actor = dict(  # tells networks, code and episodes from others
-        env=run.task.name,
-        seed=cfg.seed,
-        first_seed=cfg.first_seed,
-        code=digest([code, *(settings_of(name, run) for name in LEARNERS)]),
-        updates=updates,
-    )
-    strengths = [(x, 0.0) for x in cfg.guidance] + [(0.0, x) for x in cfg.weights]
-    wanted = [("bc", 0.0, 0.0)]
+    settings = [settings_of(name, run) for name in LEARNERS]
+    strengths = [(f"λ {x:g}", x, 0.0) for x in cfg.guidance]
+    strengths += [(f"w {x:g}", 0.0, x) for x in cfg.weights]
+    wanted = [("bc", "", 0.0, 0.0)]
     for method in cfg.methods:
         unguided = parse_method(method)[0] == "bc"
-        wanted += [(method, *x) for x in ([(0.0, 0.0)] if unguided else strengths)]
+        wanted += [(method, *x) for x in ([("", 0.0, 0.0)] if unguided else strengths)]
     played = {}
     envs = None
-    for method, guidance, weight in dict.fromkeys(wanted):
-        key = actor | dict(method=method, guidance=guidance, weight=weight)
-        rows = [row for row in read_csv(path) if matches(row, key)]
+    for method, strength, guidance, weight in dict.fromkeys(wanted):
+        estimator = ESTIMATORS[parse_method(method)[0]]
+        code = digest([code_hash(sample_actions, relative_weight, estimator), *settings])
+        key = dict(env=run.task.name, seed=cfg.seed, first_seed=cfg.first_seed, code=code)
+        key |= dict(updates=updates, method=method, guidance=guidance, weight=weight)
+        key = {name: str(x) for name, x in key.items()}  # as in a file
+        rows = [row for row in read_csv(path) if key.items() <= row.items()]
         if len(rows) >= cfg.episodes:
             print(f"{method:8}{len(rows)} episodes found in {path}")
         else:
             envs = envs or make_envs(run.task, cfg)
             w = weight
             if guidance > 0:
-                estimator = ESTIMATORS[parse_method(method)[0]]
                 w = relative_weight(guidance, nets, batch, estimator, cfg)
             with refusing("the process of an environment has ended", EOFError, ConnectionError):
                 results = rollout(envs, nets, w, method, run.sizes, cfg)
+            others = [row for row in read_csv(path) if not key.items() <= row.items()]
             rows = []
-            for i, result in enumerate(results.tolist()):
-                result = dict(zip(("success", "return", "length"), result, strict=True))
+            for i, (success, total, length) in enumerate(results.tolist()):
+                result = {"success": success, "return": total, "length": length}
                 rows.append(key | dict(w=f"{w:.6g}", episode=i) | result)
-            write_csv(path, [row for row in read_csv(path) if not matches(row, key)] + rows)
-        strength = ""
-        if guidance > 0:
-            strength = f"λ {guidance:g}"
-        elif weight > 0:
-            strength = f"w {weight:g}"
-        results = [(float(row["success"]), float(row["return"])) for row in rows]
+            write_csv(path, others + rows)
+        results = [(float(row["success"]), float(row["return"])) for row in rows[: cfg.episodes]]
         played[method, strength] = np.array(results).T  # (2, n)
     if envs:
         envs.close(terminate=True)
@@ -946,9 +937,9 @@ def table(played, task):
     answers = []
     for (method, strength), episodes in played.items():
         success, total = episodes
-        n = min(len(total), len(base))
-        won = int((episodes[score, :n] > base[:n]).sum())
-        lost = int((episodes[score, :n] < base[:n]).sum())
+        n = len(total)
+        won = np.sum(episodes[score] > base)
+        lost = np.sum(episodes[score] < base)
         p = binomtest(won, won + lost).pvalue if won + lost else 1.0
         rate = "" if score else f"{success.mean():.2f}"
         pairs = "" if method == "bc" else f"{won}:{lost}"
@@ -956,7 +947,7 @@ def table(played, task):
         end = f"{total.mean():.1f}"
         if task.has_goals:
             end = " ".join(f"{success[k::GOALS].mean():.2f}" for k in range(min(n, GOALS)))
-        line = f"{method:17}{strength:8}{len(total):4}{rate:>9}{pairs:>10}{chance:>9}  {end}"
+        line = f"{method:17}{strength:8}{n:4}{rate:>9}{pairs:>10}{chance:>9}  {end}"
         lines.append(line.rstrip())
         if strength:
             verdict = "Guidance helped" if won > lost else "Guidance did harm"
@@ -964,11 +955,6 @@ def table(played, task):
             words = f"{method} wins {won} and loses {lost} of {n} episodes against bc"
             answers.append(f"{verdict}: {words} (p = {p:.2g}).")
     return [*lines, *answers[:1]]
-
-
-def matches(row, key):
-    """Has this row of text all values of `key`?"""
-    return all(row[name] == str(x) for name, x in key.items())
 
 
 def load_run(folder):
@@ -983,8 +969,7 @@ def load_run(folder):
     for learner, (init, _, _) in LEARNERS.items():
         path = folder_of(learner, task, cfg)
         settings = read_json(path / "config.json")
-        options = [f.name for f in fields(Config) if f.metadata["of"] and f.name in settings]
-        cfg = replace(cfg, **{name: settings[name] for name in options})
+        cfg = replace(cfg, **{name: settings[name] for name in options_of(learner)})
         state, metrics = load(path, init_state(init, saved["sizes"], cfg))
         if not metrics:
             raise UserError(f"{path} has no trained {learner}")
@@ -1108,16 +1093,16 @@ def main(argv=None):
         print(f"{name:8}{found[-1]:,} of {total:,} updates found in {folder}", flush=True)
 
     nets = {}
-    for name, (_, _, option_name) in LEARNERS.items():
-        is_last = name == [*LEARNERS][-1]
-        total = getattr(cfg, option_name)
-        every = cfg.eval_every if is_last and cfg.eval_every else total
-        for updates in [*range(every, total, every), total]:
-            state = fit(name, updates, nets, run)
-            if is_last and state.step == updates:
-                played = evaluate(nets | state.average, updates, batch, run)
-                print(f"\n{task.name} after {updates} updates", *table(played, task), sep="\n")
-        nets |= state.average
+    *first, last = LEARNERS
+    for name in first:
+        nets |= fit(name, getattr(cfg, LEARNERS[name][2]), nets, run).average
+    total = getattr(cfg, LEARNERS[last][2])
+    every = cfg.eval_every or total
+    for updates in [*range(every, total, every), total]:
+        state = fit(last, updates, nets, run)
+        if state.step == updates:  # else the folder has more of them already
+            played = evaluate(nets | state.average, updates, batch, run)
+            print(f"\n{task.name} after {updates} updates", *table(played, task), sep="\n")
     print("saved in", *[folder_of(name, task, cfg) for name in LEARNERS])
 
 

@@ -8,11 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-import tomllib
 from dataclasses import replace
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -59,7 +57,7 @@ def random_data():
         name: np.float32(np.append(x, x[-1:].repeat(4, 0), 0)) for name, x in columns.items()
     }
     ends = np.append(ends, [59] * 4)
-    padded = np.append(starts, [0] * (64 - len(starts)))
+    padded = np.append(starts, [59] * (64 - len(starts)))  # no chunk begins there
     return qgf.Data(**columns, ends=ends, starts=padded, chunks=np.int32(len(starts)))
 
 
@@ -94,44 +92,16 @@ def assert_close(a, b, **tolerance):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
 
 
-# ---- losses, which test_golden.py compares with the official code
-def gaussian_velocity(mu, sigma):
-    """The exact flow to N(μ, σ²): E[a_1 - a_0 | a_t]."""
-
-    def velocity(policy, s, a_t, t, cfg):
-        variance = (1 - t) ** 2 + (t * sigma) ** 2
-        return mu + (t * sigma**2 - (1 - t)) * (a_t - t * mu) / variance
-
-    return velocity
-
-
-def test_policy_loss_is_least_at_the_gaussians_exact_velocity(monkeypatch):
-    mu, sigma, T = 0.3, 0.5, CFG.denoise_steps
-    batch = BATCH._replace(actions=mu + sigma * jax.random.normal(KEY + 1, (200_000, 1)))
-    exact = gaussian_velocity(mu, sigma)
-
-    def loss(shift, tilt):
-        monkeypatch.setattr(qgf, "velocity", lambda *x: exact(*x) + shift + tilt * x[2])
-        return float(qgf.policy_loss(dict(policy=None), {}, {}, batch, KEY, CFG)[0])
-
-    t = np.arange(T + 1) / T  # the least loss is the variance of a_1 - a_0 given a_t
-    least = sigma**2 / ((1 - t) ** 2 + (t * sigma) ** 2)
-    assert loss(0, 0) == pytest.approx(least.mean(), rel=0.01)
-    for x in (-0.05, 0.05):
-        assert min(loss(x, 0), loss(0, x)) > loss(0, 0)
-
-
-def test_a_goal_enters_the_critics_loss_as_a_part_of_the_state():
-    """A network that reads s and g is one that reads (s, g), whose loss the golden file has."""
+# ---- losses, whose values and gradients test_golden.py compares with the official code
+def test_the_critic_reads_a_goal_as_a_part_of_the_state():
+    """A goal is lost or misplaced in a loss: golden.npz, which has them all, has no goals."""
     params, average, *_ = some_state("critic")
-    assert {*(BATCH.discounts > 0)} == {True, False}
-    both, both_next = (
-        np.hstack([s, BATCH.goals]) for s in (BATCH.observations, BATCH.next_observations)
-    )
+    s, g, later = BATCH.observations, BATCH.goals, BATCH.next_observations
     joined = BATCH._replace(
-        observations=both, next_observations=both_next, goals=BATCH.goals[:, :0]
+        observations=np.hstack([s, g]), goals=g[:, :0], next_observations=np.hstack([later, g])
     )
     loss = jax.jit(qgf.critic_loss, static_argnums=5)
+    assert {*(BATCH.discounts > 0)} == {True, False}
     assert_close(
         loss(params, average, {}, BATCH, KEY, CFG),
         loss(params, average, {}, joined, KEY, CFG),
@@ -139,70 +109,38 @@ def test_a_goal_enters_the_critics_loss_as_a_part_of_the_state():
     )
 
 
-def test_each_loss_of_the_critic_trains_its_own_network():
-    params, average, *_ = some_state("critic")
-
-    def terms(params):
-        return qgf.critic_loss(params, average, {}, BATCH, KEY, CFG)[1]
-
-    reached = []
-    for term, tree in jax.jit(jax.jacrev(terms))(params).items():
-        reached += [(term, x) for x in tree if any(y.any() for y in jax.tree.leaves(tree[x]))]
-    assert sorted(reached) == [("q_loss", "critic"), ("v_loss", "value")]
+def test_expectile_loss_is_least_at_the_expectile():
+    """V is no expectile: of 0 and 1 it solves τ (1 - V) = (1 - τ) V, which is V = τ."""
+    for tau in (0.1, 0.5, 0.999):
+        slope = jax.grad(lambda v: qgf.expectile_loss(jnp.array([0.0, 1.0]) - v, tau).mean())
+        assert abs(slope(tau)) < 1e-6
+        assert slope(tau - 0.01) < 0 < slope(tau + 0.01)
 
 
-@pytest.mark.parametrize("tau", [0.1, 0.5, 0.9, 0.999])
-def test_expectile_loss_is_least_at_the_expectile(tau):
-    def loss(v):  # of 0 and 1, whose expectile solves τ (1 - V) = (1 - τ) V: V = τ
-        return qgf.expectile_loss(jnp.array([0.0, 1.0]) - v, tau).mean()
+# ---- batches; test_golden.py has those without goals
+def test_chunks_and_goals_are_drawn_as_dqc_says():
+    """A chunk has other rows, goals have other frequencies, or rewards go on after a success."""
+    row = np.arange(64)  # the last four are padding
+    pairs = np.float32([row // 2 * 0.8 + row % 2 * 0.39, row % 2 * 0.39]).T  # .39 in, .41 between
+    data = DATA._replace(goals=pairs, observations=np.arange(64)[:, None])
+    batch = jax.device_get(sample_batch(KEY, data, replace(CFG, batch_size=6000)))
+    first = batch.observations[:, 0]
+    assert {*first} == {*STARTS}
+    window = first[:, None] + np.arange(H)
+    assert_same(batch.actions, data.actions[window].reshape(6000, H * A))
+    assert_same(batch.next_observations[:, 0], first + H)
 
-    slope = jax.grad(loss)
-    assert abs(slope(tau)) < 1e-6
-    assert slope(tau - 0.01) < 0 < slope(tau + 0.01)
+    goal = (batch.goals[:, None] == pairs).all(axis=2).argmax(axis=1)  # its row
+    assert goal.max() == 59
+    end, left = data.ends[first], data.ends[STARTS] - STARTS
+    found = [(goal == first), (first < goal) & (goal <= end), (goal == end)]
+    want = [0.2 + 0.3 / 60, 0.5 + 0.3 * left.mean() / 60, (0.5 / left).mean() + 0.3 / 60]
+    assert_close(np.mean(found, axis=1), np.array(want), atol=0.012)
 
-
-# ---- batches
-def assert_discounted(batch, k, rewards, masks):
-    total, discount = 0.0, 0.99**H
-    for j in range(H):
-        total += 0.99**j * rewards[j]
-        if masks[j] == 0:
-            discount = 0.0
-            break
-    assert batch.returns[k] == pytest.approx(total, abs=1e-5)
-    assert batch.discounts[k] == pytest.approx(discount)
-
-
-def test_chunks_are_those_of_a_brute_force_loop():
-    states = np.arange(64.0)[:, None]  # a state is its row's number
-    data = DATA._replace(observations=states, goals=np.zeros((64, 0)))
-    batch = jax.device_get(sample_batch(KEY, data, replace(CFG, batch_size=500)))
-    assert batch.goals.shape == (500, 0)
-    for k in range(500):
-        i = int(batch.observations[k, 0])
-        assert_discounted(batch, k, data.rewards[i:], data.masks[i:])
-        assert_same(batch.actions[k], data.actions[i : i + H].ravel())
-        if batch.discounts[k]:
-            assert batch.next_observations[k] == i + H
-    assert {*batch.observations[:, 0]} == {*STARTS}
-
-
-def test_hindsight_equals_a_brute_force_loop():
-    n, i = 6000, np.arange(64).clip(max=59)  # padding
-    pairs = np.float32([i // 2 * 0.8 + i % 2 * 0.39, i % 2 * 0.39]).T  # .39 within, .41 between
-    data = DATA._replace(goals=pairs, observations=np.arange(64.0)[:, None])
-    batch = jax.device_get(sample_batch(KEY, data, replace(CFG, batch_size=n)))
-    counts, ends = [0, 0, 0, 0], data.ends
-    for k in range(n):
-        i = int(batch.observations[k, 0])
-        goal = int(np.flatnonzero((pairs == batch.goals[k]).all(axis=1))[0])
-        masks = [(i + j) // 2 != goal // 2 for j in range(H)]
-        assert_discounted(batch, k, [-x for x in masks], masks)
-        counts[0 if goal == i else 3 if goal == ends[i] else 1 if i < goal < ends[i] else 2] += 1
-    left = ends[STARTS] - STARTS  # rows to come, the last of which is one
-    later, last = (np.mean(0.5 * x + 0.3 * x * left / 60) for x in (1, 1 / left))
-    want = [0.2 + 0.3 / 60, later - last, 0.8 - 0.3 / 60 - later, last]
-    assert_close(np.array(counts) / n, want, atol=0.012)
+    near = window // 2 == goal[:, None] // 2  # the goal is that of the row or of its pair
+    steps = np.where(near.any(axis=1), near.argmax(axis=1), H)  # before the goal is reached
+    assert_close(batch.returns, -(1 - 0.99**steps) / 0.01, atol=1e-4)  # a geometric series
+    assert_close(batch.discounts, 0.99**H * (steps == H), rtol=1e-5)
 
 
 # ---- training
@@ -225,12 +163,16 @@ def test_a_third_learner_sees_the_others_and_its_rate_falls(monkeypatch):
         assert (log["theirs"] == 7).all()
 
 
+# ---- guidance; test_golden.py has the actions of each method without goals
 GRADIENTS = {k: f for k, f in qgf.ESTIMATORS.items() if k not in ("bc", "gradstep")}
 
 
-# ---- a bandit whose actions are near (-.6, 0) or, one time in five, (.6, 0), which is better
-@pytest.fixture(scope="session")
-def toy():
+@pytest.mark.slow
+def test_on_a_bandit_each_gradient_points_the_right_way():
+    """What trains and what acts do not fit: good actions are not found, or not by following d.
+
+    Actions are near (-.6, 0) or, one time in five, near (.6, 0), which is better.
+    """
     rng = np.random.default_rng(0)
     good = rng.random((4000, 1)) < 0.2
     a = np.float32(np.where(good, [0.6, 0], [-0.6, 0]) + rng.normal(0, 0.1, (4000, 2)))
@@ -239,262 +181,193 @@ def toy():
     cfg = qgf.Config(policy_width=32, critic_width=32, depth=2, batch_size=128, horizon=1)
     nets = {}
     for learner, (init, _, _) in qgf.LEARNERS.items():
-        state = init_state(init, (1, 0, 2), cfg)
-        nets |= train(learner, state, 1200, cfg, data, nets)[0].average
-    return nets, cfg
+        nets |= train(learner, init_state(init, (1, 0, 2), cfg), 1200, cfg, data, nets)[0].average
 
+    s, g, a_t = jnp.zeros((500, 1)), jnp.zeros((500, 0)), jax.random.normal(KEY, (500, 2))
+    for low, high, w, method in (0.1, 0.35, 0.0, qgf.bc), (0.9, 1.0, 10.0, qgf.qgf):
+        a_1, _ = qgf.sample_actions(nets, s, g, a_t[:, None], w, method, cfg)
+        assert low < (a_1[:, 0] > 0).mean() <= high
 
-@pytest.mark.slow
-def test_a_toy_bandit_is_solved(toy):
-    nets, cfg = toy
-
-    def good(samples, w, method):
-        a_0 = jax.random.normal(KEY, (500, samples, 2))
-        s, g = jnp.zeros((500, 1)), jnp.zeros((500, 0))
-        return (qgf.sample_actions(nets, s, g, a_0, w, method, cfg)[0][:, 0] > 0).mean()
-
-    assert 0.1 < good(1, 0.0, qgf.bc) < 0.35  # a fifth, as in the data
-    assert good(1, 10.0, qgf.qgf) > 0.9
-    assert good(32, 0.0, qgf.bc) > 0.95
-
-
-@pytest.mark.slow
-def test_the_gradients_point_the_right_way(toy):
-    """Along the unguided flow: agreement with BPTT, steadiness under noise, and effect."""
-    nets, cfg = toy
     T = cfg.denoise_steps
-    s, g, a_t = jnp.zeros((200, 1)), jnp.zeros((200, 0)), jax.random.normal(KEY, (200, 2))
-    noise = 0.01 * jax.random.normal(KEY, a_t.shape)
     flow = jax.jit(lambda a, t: qgf.velocity(nets["policy"], s, a, t, cfg))
     q = jax.jit(partial(qgf.q_min, nets["critic"], s, g))
     end = jax.jit(lambda a, t: q(qgf.integrate(flow, a, t, T)))
-
-    @jax.jit
-    def estimates(a, t):
-        found = {name: f(q, flow, a, t, flow(a, t), T) for name, f in GRADIENTS.items()}
-        return {name: d / jnp.linalg.norm(d, axis=1, keepdims=True) for name, d in found.items()}
-
-    agrees, shakes, helps = {}, {}, {}
     for i in range(T):
-        t = np.full((200, 1), i / T)
-        exact, noisy = (jax.device_get(estimates(a, t)) for a in (a_t, a_t + noise))
-        for name, d in exact.items():
-            agrees[name, i] = np.sum(d * exact["bptt"], axis=1).mean()
-            shakes[name, i] = np.median(np.linalg.norm(noisy[name] - d, axis=1))
-            helps[name, i] = np.mean(end(a_t + 0.1 * d, t) > end(a_t, t))
-        a_t = a_t + flow(a_t, t) / T
-    for i in (0, 5, 9):
-        for name in ("bptt", "qgf", "qfql"):
-            assert agrees[name, i] > 0.5 and helps[name, i] > 0.75, (name, i)
-        assert i == 9 or shakes["qgf", i] < shakes["qgf-jacobian", i]  # the paper's Figure 3
-    assert agrees["qgf-jacobian", 0] < agrees["qgf", 0]
-    assert agrees["qgf-jacobian", 9] > 0.999  # with one step left, it is BPTT
-
-
-# ---- guidance
-def sampling(B, N=1):
-    """Networks, states, goals and noise."""
-    rng = np.random.default_rng(3)
-    nets = some_state("policy").average | some_state("critic").average
-    sizes = (B, S), (B, G), (B, N, H * A)
-    return nets, *(np.float32(rng.normal(size=size)) for size in sizes)
-
-
-def closures(nets, s, g):
-    flow = jax.jit(lambda a, t: qgf.velocity(nets["policy"], s, a, t, CFG))
-    return jax.jit(partial(qgf.q_min, nets["critic"], s, g)), flow
-
-
-def test_no_weight_is_bc_and_another_weight_compiles_nothing():
-    nets, *rest = sampling(6)
-    bc, _ = qgf.sample_actions(nets, *rest, 1.0, qgf.bc, CFG)
-    assert_same(qgf.sample_actions(nets, *rest, 0.0, qgf.qgf, CFG)[0], bc)
-    compiled = qgf.sample_actions._cache_size()
-    assert (qgf.sample_actions(nets, *rest, 0.123, qgf.qgf, CFG)[0] != bc).any()
-    assert qgf.sample_actions._cache_size() == compiled
-
-
-@pytest.mark.parametrize("method", qgf.ESTIMATORS)
-def test_every_method_is_its_plain_loop_and_best_of_2(method):
-    nets, s, g, a_0 = sampling(6, N=2)
-    q, flow = closures(nets, s, g)
-    uphill = jax.jit(jax.grad(lambda a: q(a).sum()))
-    estimate = GRADIENTS.get(method, lambda q, flow, a_t, t, v, T: 0)
-    estimate = jax.jit(partial(estimate, q, flow, T=5))
-    candidates = []
-    for n in range(2):
-        a = a_0[:, n]
-        for i in range(5):
-            t = np.full((6, 1), i / 5)
-            v = flow(a, t)
-            a = a + np.array(v + 0.3 * estimate(a, t, v)) / 5
-        a = np.clip(a, -1, 1)
-        for _ in range(3 if method == "gradstep" else 0):
-            a = np.clip(a + 0.1 * np.array(uphill(a)), -1, 1)  # together, they push by .3
-        candidates.append(a)
-    best = np.argmax([q(a) for a in candidates], axis=0)
-    assert 0 < best.sum() < 6  # either is the better one somewhere
-    got, _ = qgf.sample_actions(nets, s, g, a_0, 0.3, qgf.ESTIMATORS[method], CFG)
-    assert_close(got, np.array(candidates)[best, np.arange(6)], atol=1e-4)
-
-
-def test_relative_weight_of_a_linear_critic(monkeypatch):
-    """∇Q is x everywhere: all pushes together have the rms λ, whatever the size of x."""
-    x = np.float32([1, -2, 0.5, 3, 0, 1])
-    monkeypatch.setattr(jax.random, "normal", lambda key, shape: jnp.zeros(shape))  # no clipping
-    policy = [dict(w=jnp.zeros((S + 6 + 16, 6)), b=jnp.zeros(6))]  # stays there
-    for name, method in qgf.ESTIMATORS.items():
-        for size in (1.0, 1e-4):
-            w = np.concatenate([np.ones(S + G), size * x]).astype(np.float32)
-            critic = [dict(w=np.stack([w, w])[..., None], b=np.zeros((2, 1)))]
-            nets = dict(policy=policy, critic=critic)
-            got = qgf.relative_weight(0.5, nets, BATCH, method, CFG)
-            push = got * size * np.sqrt(np.mean(x**2))
-            assert push == pytest.approx(0 if name == "bc" else 0.5, rel=1e-4)
-
-    def steep_in_a_third(q, flow, a_t, t, v, T):
-        return jnp.where(jnp.arange(len(a_t))[:, None] % 3 == 0, 1e4, 2.0) * jnp.ones_like(a_t)
-
-    assert qgf.relative_weight(0.5, nets, BATCH, steep_in_a_third, CFG) == pytest.approx(0.25)
-
-
-# ---- closed forms: π_BC is a Gaussian with its exact velocity, and guided flows are linear ODEs
-def guided(monkeypatch, q, velocity, w, a_0, method, **changes):
-    """Where these rows of noise (B, D) go, if the critic is q."""
-    monkeypatch.setattr(qgf, "velocity", velocity)
-    monkeypatch.setattr(qgf, "q_values", lambda critic, s, g, a: jnp.stack([q(a), q(a) + 1]))
-    nets = dict(policy=0, critic=0)
-    s = jnp.zeros((len(a_0), 0))
-    run = jax.jit(qgf.sample_actions.__wrapped__, static_argnames=("method", "cfg"))
-    return run(nets, s, s, a_0[:, None], w, method, replace(CFG, **changes))[0]
+        t = np.full((500, 1), i / T)
+        v = flow(a_t, t)
+        for name in ("bptt", "qgf", "qfql") if i in (0, 5, 9) else ():
+            d = jax.jit(partial(GRADIENTS[name], q, flow, T=T))(a_t, t, v)
+            d /= jnp.linalg.norm(d, axis=1, keepdims=True)
+            assert np.mean(end(a_t + 0.1 * d, t) > end(a_t, t)) > 0.75, (name, i)
+        a_t = a_t + v / T
 
 
 @pytest.mark.parametrize("method", GRADIENTS)
 def test_a_gaussian_goes_where_each_methods_ode_says(monkeypatch, method):
+    """A gradient or Euler's steps are wrong: for π_BC = N(μ, σ²) and a quadratic Q, all is known.
+
+    Then E[a_1 | a_t], where the exact velocity points, and the end of the flow are linear in a_t.
+    """
     mu, sigma, w, k, aim = 0.1, 0.2, 0.3, 2.0, 0.4
-    a_0 = np.linspace(-2, 2, 9)
+
+    def velocity(policy, s, a, t, cfg):
+        variance = (1 - t) ** 2 + (t * sigma) ** 2
+        return mu + (t * sigma**2 - (1 - t)) / variance * (a - t * mu)
 
     def slope(t, a):
-        variance = (1 - t) ** 2 + (t * sigma) ** 2
-        clean = mu + t * sigma**2 / variance * (a - t * mu)  # E[a_1 | a_t]
-        end = mu + sigma / math.sqrt(variance) * (a - t * mu)
+        v = velocity(None, None, a, t, None)
+        sd = math.sqrt((1 - t) ** 2 + (t * sigma) ** 2)  # of a_t
+        clean = a + (1 - t) * v
+        end = mu + sigma / sd * (a - t * mu)
         push = {
             "qgf": aim - clean,
-            "qgf-jacobian": t * sigma**2 / variance * (aim - clean),
-            "bptt": sigma / math.sqrt(variance) * (aim - end),
+            "qgf-jacobian": t * sigma**2 / sd**2 * (aim - clean),
+            "bptt": sigma / sd * (aim - end),
             "qfql": aim - a,
         }
-        return (clean - a) / (1 - t) + w * k * push[method]
+        return v + w * k * push[method]
 
+    def q_values(critic, s, g, a):
+        q = -k / 2 * (a[:, 0] - aim) ** 2
+        return jnp.stack([q, q + 1])
+
+    a_0 = np.linspace(-2, 2, 9, dtype=np.float32)
     want = solve_ivp(slope, (0, 1 - 1e-9), a_0, rtol=1e-8, atol=1e-10).y[:, -1]
-
-    def q(a):
-        return -k / 2 * (a[:, 0] - aim) ** 2
-
+    monkeypatch.setattr(qgf, "velocity", velocity)
+    monkeypatch.setattr(qgf, "q_values", q_values)
     T = 200 if method == "bptt" else 1000
-    flow, noise = gaussian_velocity(mu, sigma), np.float32(a_0)[:, None]
-    got = guided(monkeypatch, q, flow, w, noise, GRADIENTS[method], denoise_steps=T)
+    cfg, none = replace(CFG, denoise_steps=T), np.zeros((9, 0))
+    nets = dict(policy=0, critic=0)
+    got, _ = qgf.sample_actions(nets, none, none, a_0[:, None, None], w, GRADIENTS[method], cfg)
     assert_close(got[:, 0], want, atol=4 / T)
+
+
+def test_of_two_samples_the_one_with_the_larger_q_acts():
+    """Samples and goals of states get mixed up, w = 0 is not bc, or each w is compiled anew."""
+    rng = np.random.default_rng(3)
+    nets = some_state("policy").average | some_state("critic").average
+    s, g, a_0 = (np.float32(rng.normal(size=(50, *x))) for x in ((S,), (G,), (2, H * A)))
+
+    def act(a_0, w, method=qgf.qgf):
+        return np.array(qgf.sample_actions(nets, s, g, a_0, w, method, CFG)[0])
+
+    one, two = act(a_0[:, :1], 0.3), act(a_0[:, 1:], 0.3)
+    better = qgf.q_min(nets["critic"], s, g, two) > qgf.q_min(nets["critic"], s, g, one)
+    assert 10 < better.sum() < 40
+    assert_close(act(a_0, 0.3), np.where(better[:, None], two, one), atol=1e-5)
+    compiled = qgf.sample_actions._cache_size()
+    assert (act(a_0[:, :1], 0.123) != one).any()
+    assert qgf.sample_actions._cache_size() == compiled
+    assert_same(act(a_0, 0.0), act(a_0, 0.0, qgf.bc))
+
+
+def test_relative_weight_is_of_the_median_state(monkeypatch):
+    """λ means another strength, or GradStep, which pushes only after the flow, gets none."""
+    x = np.float32([1, -2, 0.5, 3, 0, 1])
+    slope = np.append(np.zeros(S + G), x).astype(np.float32)
+    critic = [dict(w=np.stack([slope, slope])[..., None], b=np.zeros((2, 1)))]  # ∇Q is x
+    nets = dict(policy=0, critic=critic)
+    monkeypatch.setattr(qgf, "velocity", lambda policy, s, a, t, cfg: -5 * a)  # at 0 in one step
+    size = np.arange(1.0, 33.0)[:, None]  # of a state's push, which grows with t as well
+
+    def uneven(q, flow, a_t, t, v, T):
+        return t * (size**2 * x + 1000 * a_t)
+
+    rms = np.sqrt(np.mean(x**2))
+    uneven_rms = np.median(size**2) * np.sqrt(np.mean((np.arange(5) / 5) ** 2)) * rms
+    wanted = (qgf.gradstep, rms), (qgf.qfql, rms), (uneven, uneven_rms), (qgf.bc, math.inf)
+    for method, rms in wanted:
+        w = qgf.relative_weight(0.5, nets, BATCH, method, CFG)
+        assert w == pytest.approx(0.5 / rms, rel=1e-4)
 
 
 # ---- data
 TASK, GOAL, OWN = map(qgf.find_task, ("cube-single-task1", "cube-single", "Pendulum-v1"))
-TINY = replace(
-    CFG, horizon=3, batch_size=8, policy_updates=1300, critic_updates=1300, guidance=(0.3,)
-)
-ENV = SimpleNamespace(sizes=(4, 0, 2), low=np.full(2, -1.0), high=np.ones(2), unwrapped=None)
+TINY = replace(CFG, batch_size=8, policy_updates=1300, critic_updates=1300, guidance=(0.3,))
+ENV = SimpleNamespace(sizes=(4, 0, 2), low=np.full(2, -1.0), high=np.ones(2))
 COLLECTED = ".ogbench/data/cube-single-play-v0-collected-2000.npz"
 
 
-def raw_data(**changes):
-    """A file's arrays: trajectories of 7, 2 and 20 rows; the last one ends with a success."""
+def write(path, **changes):
+    """A file of data: trajectories of 7, 2 and 20 rows; the last one ends with a success."""
     rng = np.random.default_rng(0)
     raw = dict(observations=rng.normal(size=(29, 4)), actions=rng.uniform(-1, 1, (29, 2)))
     raw |= dict(rewards=rng.normal(size=29), masks=np.ones(29), terminals=np.zeros(29))
     raw["terminals"][[6, 8, 28]] = 1
     raw["masks"][[3, 28]] = 0
-    return {name: x for name, x in (raw | changes).items() if x is not None}
-
-
-def write(folder, name="d.npz", **changes):
-    np.savez(folder / name, **raw_data(**changes))
-    return folder / name
+    np.savez(path, **{name: x for name, x in (raw | changes).items() if x is not None})
+    return path
 
 
 def load(folder, task=TASK, env=ENV, cfg=TINY, **changes):
     """Data of such a file, without its padding."""
-    data = jax.device_get(qgf.load_data(write(folder, **changes), task, env, cfg))
+    data = jax.device_get(qgf.load_data(write(folder / "d.npz", **changes), task, env, cfg))
     assert {len(x) for x in data[:-1]} == {32} and data.ends[-1] == 28
     return qgf.Data(*(x[:29] for x in data[:6]), data.starts[: data.chunks], data.chunks)
-
-
-def save_rows(path, names, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(path, **dict(zip(names.split(), zip(*rows, strict=True), strict=True)))
 
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory):
     """A home folder with two episodes of cube-single, of smooth random actions."""
-    home = tmp_path_factory.mktemp("home")
+    path = tmp_path_factory.mktemp("home") / COLLECTED
+    path.parent.mkdir(parents=True)
     env = gymnasium.make("cube-single-v0")
     rng = np.random.default_rng(0)
-    rows = []
+    raw = dict(observations=[], actions=[], qpos=[], terminals=[*[0] * 199, 1] * 2)
     for _ in range(2):
         state, _ = env.reset(seed=0, options=dict(task_id=1))
         action = np.zeros(5)
-        for i in range(200):
+        for _ in range(200):
             action = np.clip(0.9 * action + 0.3 * rng.normal(size=5), -1, 1)
-            rows.append((state, action, i == 199, env.unwrapped._data.qpos.copy()))
+            raw["observations"].append(state)
+            raw["actions"].append(action)
+            raw["qpos"].append(env.unwrapped._data.qpos.copy())
             state = env.step(action)[0]
-    save_rows(home / COLLECTED, "observations actions terminals qpos", rows)
-    return home
+    np.savez(path, **raw)
+    return path.parents[2]
 
 
 def test_names_of_tasks():
-    for name, run, env_id, kind in (
-        ("cube-double", "cube-double", "cube-double-v0", "play"),
-        ("cube-double-noisy", "cube-double-noisy", "cube-double-v0", "noisy"),
-        ("antmaze-large", "antmaze-large", "antmaze-large-v0", "navigate"),
-    ):
-        dataset = f"{name.removesuffix('-noisy')}-{kind}-v0"
-        assert qgf.find_task(name) == (run, env_id, dataset, True)
-    one = "cube-double-task3", "cube-double-singletask-task3-v0", "cube-double-play-v0", False
-    assert qgf.find_task(one[0]) == qgf.find_task("cube-double-play-singletask-task3-v0") == one
+    """A name gets another environment or dataset, or two names of one task are two runs."""
+    double = "cube-double", "cube-double-v0", "cube-double-play-v0", True
+    third = "cube-double-task3", "cube-double-singletask-task3-v0", "cube-double-play-v0", False
+    assert qgf.find_task("cube-double") == qgf.find_task("cube-double-play-v0") == double
+    assert qgf.find_task("cube-double-play-singletask-task3-v0") == qgf.find_task(third[0]) == third
+    assert qgf.find_task("cube-double-noisy")[::2] == ("cube-double-noisy", "cube-double-noisy-v0")
+    assert qgf.find_task("antmaze-large").dataset == "antmaze-large-navigate-v0"
     assert OWN == ("Pendulum-v1", "Pendulum-v1", "", False)
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["cube-duble", "visual-cube-single", "halfcheetah-medium-v2", "cube-single-task9", "no:A-v0"],
-)
-def test_other_names_are_refused(name):
-    with pytest.raises(qgf.UserError, match=rf"^--env {name}.*\Z"):
-        qgf.find_task(name)
+    for name in ("cube-duble", "visual-cube-single", "cube-single-task9", "no:A-v0"):
+        with pytest.raises(qgf.UserError, match=rf"^--env {name}.*\Z"):
+            qgf.Chunks(qgf.find_task(name), 1)
 
 
 def test_chunks_stay_in_a_trajectory_and_need_no_state_after_a_success(tmp_path):
-    data = load(tmp_path)
+    """A chunk joins two trajectories, successes are lost, or columns without use are read."""
+    unused = dict(infos=np.array([0, "a"] * 14 + [{}], object), last_names=np.zeros(3))
+    data = load(tmp_path, **unused)
     assert data.ends.tolist() == [6] * 7 + [8] * 2 + [28] * 20
     assert data.starts.tolist() == [0, 1, 2, 3, *range(9, 27)]  # 26: the chunk ends with the task
-    data = load(tmp_path, masks=None)
-    assert data.starts[-1] == 25 and data.masks.all()
-    assert_same(data.rewards, np.float32(raw_data()["rewards"]))
-    data = load(tmp_path, cfg=replace(TINY, sparse=True))
-    assert_same(data.rewards, -np.float32(raw_data()["masks"]))
+    sparse = load(tmp_path, cfg=replace(TINY, sparse=True))
+    assert_same(sparse.rewards, -data.masks)
+    without = load(tmp_path, masks=None)
+    assert without.starts[-1] == 25 and without.masks.all()
+    assert_same(without.rewards, data.rewards)
+    with np.load(tmp_path / "d.npz") as raw:
+        assert_same(data.rewards, np.float32(raw["rewards"]))
 
 
 def test_d4rls_terminals_are_successes_and_its_timeouts_ends(tmp_path):
+    """Files of D4RL are read as if they were OGBench's, whose terminals are ends."""
     timeouts, terminals = np.zeros((2, 29), bool)
     timeouts[6] = terminals[8] = True
     changes = dict(terminals=terminals, timeouts=timeouts[:, None], masks=None)
-    data = load(tmp_path, cfg=replace(TINY, horizon=2), **changes, next_observations=np.zeros(29))
+    data = load(tmp_path, **changes, next_observations=np.zeros(29))
     assert np.unique(data.ends).tolist() == [6, 8, 28]
     assert np.flatnonzero(data.masks == 0).tolist() == [8]
-    assert data.starts.tolist() == [0, 1, 2, 3, 4, 7, *range(9, 27)]
 
 
 def test_actions_of_your_own_environment_are_rescaled(tmp_path):
+    """The policy learns actions that it then executes on another scale."""
     env = SimpleNamespace(sizes=(4, 0, 2), low=np.float32([-2, 0]), high=np.float32([2, 4]))
     actions = np.resize(np.float32([[-2, 0], [2, 4], [1, 2]]), (29, 2))
     data = load(tmp_path, OWN, env, actions=actions)
@@ -515,182 +388,153 @@ def test_actions_of_your_own_environment_are_rescaled(tmp_path):
         ("rewards holds no numbers", dict(rewards=np.array(["a"] * 29))),
         ("no whole .npz of numbers", dict(rewards=np.array([0, "a"] * 14 + [{}], object))),
         ("--horizon", dict(terminals=np.ones(29))),
+        ("lack a column: 'terminals'", dict(terminals=None)),
     ],
 )
 def test_data_that_do_not_fit_are_refused(tmp_path, words, changes):
-    with pytest.raises(qgf.UserError, match=rf"d\.npz.*{words}"):
-        qgf.load_data(write(tmp_path, **changes), TASK, ENV, TINY)
-
-
-@pytest.mark.parametrize("column", ["observations", "actions", "terminals", "rewards", "qpos"])
-def test_a_column_that_lacks_is_named(tmp_path, column):
-    task = GOAL if column == "qpos" else OWN
-    cube = SimpleNamespace(unwrapped=SimpleNamespace(_num_cubes=1))
-    env = SimpleNamespace(**vars(ENV) | dict(unwrapped=cube))
-    with pytest.raises(qgf.UserError, match=f"lack a column: '{column}'"):
-        qgf.load_data(write(tmp_path, **{column: None}), task, env, TINY)
-
-
-def test_what_does_not_matter_is_not_read(tmp_path):
-    load(tmp_path, infos=np.array([0, "a"] * 14 + [{}], object), last_names=np.zeros(3))
+    """A run trains on nonsense, or ends with a traceback."""
+    with pytest.raises(qgf.UserError, match=words):
+        load(tmp_path, **changes)
 
 
 def test_files_that_are_not_whole_are_refused(tmp_path):
-    path = write(tmp_path)
+    """What a broken download has left ends with a traceback."""
+    path = write(tmp_path / "d.npz")
     for content in (path.read_bytes()[:2000], b"<html>not found</html>", b""):
         path.write_bytes(content)
         with pytest.raises(qgf.UserError, match=r"d\.npz is no whole .npz"):
             qgf.load_data(path, TASK, ENV, TINY)
 
 
-def test_rewards_of_a_task_are_those_of_ogbench(home, tmp_path):
-    env = qgf.Chunks(qgf.find_task("cube-single-task2"), 5)
-    env.reset(seed=1)
+def test_goals_and_rewards_of_data_are_those_of_the_environment(home, tmp_path):
+    """The critic learns to reach goals in another form than the environment shows them."""
     with np.load(home / COLLECTED) as file:
         raw = dict(file)
-    raw["qpos"][10:20, 14:17] = env.unwrapped._data.mocap_pos  # where the cube shall go
-    np.savez(tmp_path / "d.npz", **raw)
-    data = qgf.load_data(tmp_path / "d.npz", env.task, env, replace(TINY, horizon=5))
+    for name in ("cube-single", "cube-single-task2"):
+        env = qgf.Chunks(qgf.find_task(name), 3)
+        env.reset(seed=1)
+        raw["qpos"][10:20, 14:17] = env.unwrapped._data.mocap_pos  # where the cube shall go
+        np.savez(tmp_path / "d.npz", **raw)
+        data = qgf.load_data(tmp_path / "d.npz", env.task, env, TINY)
+        if env.task.has_goals:
+            assert_close(data.goals[10:20], np.array([env.goal] * 10), atol=0.05)
     assert np.flatnonzero(data.rewards == 0).tolist() == list(range(10, 20))
     assert_same(data.masks, -data.rewards)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["cube-double", "scene"])
-def test_goals_in_data_are_those_that_the_environment_gives(name, tmp_path):
-    env = qgf.Chunks(qgf.find_task(name), 1)
-    inner, oracle, raw = env.unwrapped, env.unwrapped.compute_oracle_observation, {}
-
-    def spy():  # called inside reset, when the environment is in its goal state
-        row = dict(qpos=inner._data.qpos.copy(), observations=inner.compute_observation())
-        row |= dict(button_states=np.copy(getattr(inner, "_cur_button_states", 0)))
-        row |= dict(actions=np.zeros(5), terminals=0)
-        raw.update({k: np.array([x] * 4) for k, x in row.items()})
-        return oracle()
-
-    inner.compute_oracle_observation = spy
-    env.reset(seed=2)
-    np.savez(tmp_path / "d.npz", **raw)
-    data = qgf.load_data(tmp_path / "d.npz", env.task, env, replace(TINY, horizon=1))
-    assert_close(data.goals, np.array([env.goal] * 4), atol=1e-5)
-
-
-def test_where_data_come_from(tmp_path, monkeypatch, capsys):
+def test_where_data_come_from(tmp_path, monkeypatch):
+    """A run stops although data can be had, or takes for data what is none."""
     official = tmp_path / "cube-single-play-v0.npz"
     collected = tmp_path / "cube-single-play-v0-collected-7.npz"
     calls = []
-    fault = None
 
     def download(names, folder):
-        calls.append(names)
-        if isinstance(fault, Exception):
-            raise fault
-        official.write_text(fault) if fault else write(tmp_path, official.name)
+        calls.append("download")
+        if isinstance(comes, Exception):
+            raise comes
+        comes(official)
 
     def run(command, check):
-        calls.append([str(x) for x in command[1:]])
-        write(tmp_path, collected.name)
+        calls.append("collect")
+        assert command[1:] == [qgf.COLLECT, "cube-single-play-v0", "7", collected]
+        write(collected)
         return SimpleNamespace(returncode=status)
 
     def find():
         calls.clear()
-        return qgf.find_files(TASK, replace(TINY, collect=7))
+        return qgf.find_files(TASK, replace(TINY, collect=7)), calls
+
+    def html(path):
+        path.write_text("<html>")
 
     monkeypatch.setattr(qgf, "DATA", tmp_path)
     monkeypatch.setattr(ogbench, "download_datasets", download)
     monkeypatch.setattr(subprocess, "run", run)
-    names = ["cube-single-play-v0"]
     status = 0
-    assert find() == [official] and calls == [names]
-    assert find() == [official] and not calls
-    official.write_text("<html>")  # which an earlier download has left
-    assert find() == [official] and calls == [names]
-    for fault in (OSError("no route to host"), "<html>"):  # noqa: B007 (download raises it)
-        for path in (official, collected):
-            path.unlink(missing_ok=True)
-        assert find() == [collected] and not official.exists()
-        assert calls == [names, [str(qgf.COLLECT), *names, "7", str(collected)]]
-        assert find() == [collected] and not calls
-    assert "no route to host" in capsys.readouterr().out
-    collected.unlink()
-    status = 1
-    with pytest.raises(qgf.UserError, match="--data"):
-        find()
-    monkeypatch.setattr(qgf, "COLLECT", tmp_path / "none.py")
-    collected.unlink()
-    with pytest.raises(qgf.UserError, match=r"none\.py is missing: clone"):
+    for fault in (OSError("no route to host"), html):
+        comes = fault
+        assert find() == ([collected], ["download", "collect"])
+        assert find() == ([collected], [])
+        collected.unlink()
+    html(official)  # which an earlier download has left
+    comes = write
+    assert find() == ([official], ["download"])
+    assert find() == ([official], [])
+    official.unlink()
+    comes, status = html, 1
+    with pytest.raises(qgf.UserError, match=r"clone the whole repository.*--data"):
         find()
 
 
 def test_your_own_files(tmp_path):
+    """--data takes files of another dataset, of validation, or half-written ones."""
+
     def find(path, task=TASK):
         return [x.name for x in qgf.find_files(task, replace(TINY, data=str(path)))]
 
-    sets = tmp_path / "sets/cube-single-play-100m-v0"
-    for folder in (tmp_path / "slices", sets):
-        folder.mkdir(parents=True)
-    for name in ("b.npz", "a.npz", ".a.npz", "a-val.npz", "a.txt"):
-        (tmp_path / "slices" / name).touch()
-    for path in (sets / "cube-single-play-100m-v0-0.npz", sets.parent / "scene-play-v0.npz"):
+    slices, sets = tmp_path / "slices", tmp_path / "sets"
+    big = "cube-single-play-100m-v0"
+    files = [slices / x for x in ("b.npz", "a.npz", ".a.npz", "a-val.npz", "a.txt")]
+    for path in (*files, sets / big / f"{big}-0.npz", sets / "scene-play-v0.npz"):
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     for task in (TASK, OWN):
-        assert find(tmp_path / "slices", task) == ["a.npz", "b.npz"]
-        assert find(tmp_path / "slices/b.npz", task) == ["b.npz"]
-    assert find(sets.parent) == find(sets) == ["cube-single-play-100m-v0-0.npz"]
-    (sets.parent / "cube-single-play-v0.npz").touch()
+        assert find(slices, task) == ["a.npz", "b.npz"]
+        assert find(slices / "b.npz", task) == ["b.npz"]
+    assert find(sets) == find(sets / big) == [f"{big}-0.npz"]
+    (sets / "cube-single-play-v0.npz").touch()
     with pytest.raises(qgf.UserError, match="more than one"):
-        find(sets.parent)
+        find(sets)
     with pytest.raises(qgf.UserError, match=r"Pendulum-v1 .* --data"):
         find("", OWN)
 
 
 # ---- episodes
-class Envs(list):
-    """Chunks side by side, as AsyncVectorEnv(autoreset_mode="Disabled") has them."""
-
-    @property
-    def num_envs(self):
-        return len(self)
-
-    def reset(self, seed, options=None):
-        mask = options["reset_mask"] if options else [True] * len(self)
-        for env, s, wanted in zip(self, seed, mask, strict=True):
-            if wanted:
-                env.reset(seed=s)
-        return np.stack([env.obs for env in self]), {}
+class Envs(gymnasium.vector.SyncVectorEnv):
+    """AsyncVectorEnv(autoreset_mode="Disabled") in one process: it steps what has ended, too."""
 
     def step(self, actions):
         assert type(actions) is np.ndarray  # JAX's would claim a GPU in each process
-        obs, _, over, _, info = zip(*map(qgf.Chunks.step, self, actions), strict=True)
-        return np.stack(obs), None, np.array(over), None, dict(episode=[x["episode"] for x in info])
+        self._autoreset_envs[:] = False
+        return super().step(actions)
+
+
+class Uneven(qgf.Chunks):
+    """Episodes of task k end after k chunks, but at the latest with the time limit."""
+
+    def step(self, actions):
+        obs, reward, over, *rest = super().step(actions)
+        self.over = over or self.episode[2] >= 5 * self.unwrapped.cur_task_id
+        return obs, reward, self.over, *rest
 
 
 def test_every_episode_is_played_once_and_as_if_it_were_alone(monkeypatch):
-    """Actions are of noise and state; the return tells episodes apart."""
+    """Methods are compared on unequal episodes, or one is lost: a return tells episodes apart."""
 
-    def act(nets, s, g, a_0, w, method, cfg):
+    def act(nets, s, g, a_0, w, method, cfg):  # of noise, state and goal
         return jnp.array(nets[method.__name__] * w * a_0[:, -1] + s[:, -1:] - g[:, :1]), 0.0
 
     monkeypatch.setattr(qgf, "sample_actions", act)
-    *three, one = [qgf.Chunks(GOAL, 5, max_episode_steps=22) for _ in range(4)]  # 4 chunks and 2/5
+    make = partial(Uneven, GOAL, 5, max_episode_steps=22)  # at most 4 chunks and 2/5
+    envs = Envs([make] * 3, autoreset_mode="Disabled")
+    one = make()
     monkeypatch.setattr(type(one.unwrapped), "compute_reward", lambda self: self._data.qpos.sum())
     cfg = replace(TINY, episodes=7, horizon=5, first_seed=5_000_000)
-    results = qgf.rollout(Envs(three), dict(qgf=2.0), 0.05, "qgf@2", one.sizes, cfg)
-    goals = []
+    results = qgf.rollout(envs, dict(qgf=2.0), 0.05, "qgf@2", one.sizes, cfg)
     for i in range(7):
         x, _ = one.reset(seed=5_000_000 + i)
-        goals.append((one.unwrapped.cur_task_id, *one.goal))
+        assert one.unwrapped.cur_task_id == 1 + i % 5
         rng, over = np.random.default_rng(5_000_000 + i), False
         while not over:
             noise = np.float32(rng.standard_normal((2, 25)))[-1]
             x, _, over, _, info = one.step((0.1 * noise + x[27] - x[28]).reshape(5, 5))
         np.testing.assert_allclose(results[i], info["episode"], rtol=1e-9)
-    assert one.sizes == (28, 3, 5) and results[:, 2].tolist() == [22] * 7
+    assert one.sizes == (28, 3, 5) and results[:, 2].tolist() == [5, 10, 15, 20, 22, 5, 10]
     assert len(set(results[:, 1])) == 7
-    assert [g[0] for g in goals] == [1, 2, 3, 4, 5, 1, 2] and len(set(goals[:5])) == 5
 
 
 def test_an_environment_without_success_gives_its_return():
+    """A chunk executes other actions, on another scale, or some of its rewards are lost."""
     env, plain = qgf.Chunks(OWN, 3), gymnasium.make("Pendulum-v1")
     np.testing.assert_allclose(env.reset(seed=5)[0], plain.reset(seed=5)[0])
     over = False
@@ -701,27 +545,27 @@ def test_an_environment_without_success_gives_its_return():
 
 
 @pytest.mark.parametrize(
-    "words, space",
+    "words, space, limit",
     [
-        ("finite ranges", gymnasium.spaces.Box(-np.inf, np.inf, (2,))),
-        ("finite ranges", gymnasium.spaces.Box(-3e38, 3e38, (2,))),
-        ("finite ranges", gymnasium.spaces.Box(0, 255, (2,), np.uint8)),
-        ("finite ranges", gymnasium.spaces.Box(np.float32([0, 1]), np.float32([1, 1]))),
-        ("no vector", gymnasium.spaces.Discrete(2)),
-        ("no vector", gymnasium.spaces.Box(-1, 1, (2, 2))),
+        ("finite ranges", gymnasium.spaces.Box(-3e38, 3e38, (2,)), 9),
+        ("finite ranges", gymnasium.spaces.Box(0, 255, (2,), np.uint8), 9),
+        ("finite ranges", gymnasium.spaces.Box(np.float32([0, 1]), np.float32([1, 1])), 9),
+        ("no vector", gymnasium.spaces.Discrete(2), 9),
+        ("no vector", gymnasium.spaces.Box(-1, 1, (2, 2)), 9),
+        ("may never end", gymnasium.spaces.Box(-1, 1, (2,)), None),
     ],
 )
-def test_environments_that_do_not_fit_are_refused(monkeypatch, words, space):
+def test_environments_that_do_not_fit_are_refused(monkeypatch, words, space, limit):
+    """Actions are scaled by a range that is none, or an episode is played for ever."""
+
     class Odd(gymnasium.Env):
         observation_space = gymnasium.spaces.Box(-1, 1, (3,))
         action_space = space
 
-    gymnasium.register("Odd-v0", Odd, max_episode_steps=9)
-    gymnasium.register("Endless-v0", lambda: gymnasium.make("Pendulum-v1").unwrapped)
+    spec = gymnasium.envs.registration.EnvSpec("Odd-v0", Odd, max_episode_steps=limit)
+    monkeypatch.setitem(gymnasium.registry, "Odd-v0", spec)
     with pytest.raises(qgf.UserError, match=f"--env Odd-v0.*{words}"):
         qgf.Chunks(qgf.find_task("Odd-v0"), 3)
-    with pytest.raises(qgf.UserError, match="Endless-v0 may never end"):
-        qgf.Chunks(qgf.find_task("Endless-v0"), 3)
 
 
 # ---- rows and the table
@@ -740,15 +584,16 @@ def fake_rollout(monkeypatch):
 
 
 def test_only_rows_that_lack_are_played(tmp_path, monkeypatch):
+    """A table shows episodes of other settings, or hours of playing are done again."""
     played = fake_rollout(monkeypatch)
-    write(tmp_path)
+    write(tmp_path / "d.npz")
 
     def evaluate(updates=300, episodes=4, **changes):
         played.clear()
         cfg = replace(TINY, episodes=episodes, out=str(tmp_path), **changes)
         run = qgf.Run(TASK, SIZES, [tmp_path / "d.npz"], 29, None, cfg)
         found = qgf.evaluate(None, updates, None, run)
-        assert {x.shape for x in found.values()} == {(2, 4)} or episodes != 4
+        assert all(len(x[0]) >= episodes for x in found.values())
         return [f"{method} {w}" for method, w, _ in played], [*found]
 
     both = ["bc 0.0", "qgf 3.0"]
@@ -767,105 +612,115 @@ def played(wins, n, total=0.0):
     return np.array([success, total - np.arange(n)], float)
 
 
-def test_the_table_counts_wins_and_losses_against_bc():
-    found = {
-        ("bc", ""): played(10, 50),
-        ("qgf", "λ 0.5"): played(40, 50),
-        ("bc@4", ""): played(8, 20),
-    }
-    lines = qgf.table(found, GOAL)
-    assert lines[1].split() == ["bc", "50", "0.20", *5 * ["0.20"]]
-    p = 2 * 0.5**30
-    assert lines[2].split() == ["qgf", "λ", "0.5", "50", "0.80", "30:0", f"{p:.2g}", *5 * ["0.80"]]
-    assert lines[3].split()[:5] == ["bc@4", "20", "0.40", "0:2", "0.5"]
-    words = "qgf wins 30 and loses 0 of 50 episodes against bc"
-    assert lines[4] == f"Guidance helped: {words} (p = {p:.2g})."
-    assert len(lines) == 5 and max(map(len, lines)) <= 90
-    for wins, verdict in (20, "No significant"), (25, "No significant"), (3, "Guidance did harm"):
-        found = {("bc", ""): played(20, 50), ("qgf", "w 1"): played(wins, 50)}
-        assert qgf.table(found, TASK)[-1].startswith(verdict)
-    found = {("bc", ""): played(0, 5), ("qgf", "λ 1"): played(5, 5), ("bc@4", ""): played(5, 5)}
-    assert qgf.table(found, TASK)[-1].startswith("No significant")  # of five episodes
-    del found["qgf", "λ 1"]
+@pytest.mark.parametrize(
+    "bc, wins, n, words",
+    [
+        (10, 40, 50, "Guidance helped: qgf wins 30 and loses 0 of 50 episodes"),
+        (20, 25, 50, "No significant difference"),
+        (20, 20, 50, "No significant difference"),
+        (20, 3, 50, "Guidance did harm"),
+        (0, 5, 5, "No significant difference"),
+    ],
+)
+def test_the_table_says_whether_guidance_helped(bc, wins, n, words):
+    """The verdict contradicts the exact test: of k episodes that differ, all won, p = 2 / 2^k."""
+    found = {("bc", ""): played(bc, n), ("bc@4", ""): played(1, n), ("qgf", "w 1"): played(wins, n)}
+    lines = qgf.table(found, TASK)
+    p = min(1, 2 * 0.5 ** abs(wins - bc))
+    pair = f"{max(wins - bc, 0)}:{max(bc - wins, 0)}"
+    assert lines[1].split()[:3] == ["bc", str(n), f"{bc / n:.2f}"]
+    assert lines[3].split()[3:7] == [str(n), f"{wins / n:.2f}", pair, f"{p:.2g}"]
+    assert lines[4].startswith(words) and f"(p = {p:.2g})" in lines[4]
+    del found["qgf", "w 1"]
     assert len(qgf.table(found, TASK)) == 3  # nothing was guided
 
 
 def test_without_success_the_return_is_compared():
+    """Your own environment gets a table of nan."""
     lines = qgf.table({("bc", ""): played(None, 6), ("qgf", "λ 1"): played(None, 6, 2.5)}, OWN)
     assert lines[1].split() == ["bc", "6", "-2.5"] and "nan" not in "".join(lines)
     assert lines[2].split()[4:] == ["6:0", "0.031", "0.0"] and "helped" in lines[3]
 
 
 # ---- runs
-SLICES = tempfile.TemporaryDirectory()
-for letter in "abc":
-    np.savez(f"{SLICES.name}/{letter}.npz", letter)
+@pytest.fixture(scope="session")
+def slices(tmp_path_factory):
+    """A folder of files a.npz, b.npz and c.npz."""
+    folder = tmp_path_factory.mktemp("slices")
+    for letter in "abc":
+        np.savez(folder / f"{letter}.npz", letter)
+    return folder
 
 
-def some_data(path):
-    rng = np.random.default_rng(ord(path.stem))
-    return DATA._replace(rewards=np.float32(rng.normal(size=64)))
+@pytest.fixture
+def fit(slices, tmp_path):
+    """Train a learner for so many updates, in a folder of tmp_path, on files of these letters."""
+
+    def some_data(path):
+        rng = np.random.default_rng(ord(path.stem))
+        return DATA._replace(rewards=np.float32(rng.normal(size=64)))
+
+    def fit(updates, out="out", learner="policy", files="ab", load_file=some_data, **changes):
+        files = [slices / f"{x}.npz" for x in files]
+        cfg = replace(TINY, out=str(tmp_path / out), **changes)
+        return qgf.fit(learner, updates, {}, qgf.Run(TASK, SIZES, files, 60, load_file, cfg))
+
+    return fit
 
 
-def fit(out, updates, learner="policy", files="ab", load_file=some_data, **changes):
-    files = [Path(SLICES.name, f"{x}.npz") for x in files]
-    cfg = replace(TINY, out=str(out), **changes)
-    return qgf.fit(learner, updates, {}, qgf.Run(TASK, SIZES, files, 60, load_file, cfg))
-
-
-def folder_of(out, learner="policy"):
-    return qgf.folder_of(learner, TASK, replace(TINY, out=str(out)))
+POLICY, CRITIC = "cube-single-play-v0-policy-s0", "cube-single-task1-s0"
 
 
 def files_of(folder):
     return {x.name: x.read_bytes() for x in folder.iterdir()}
 
 
-@pytest.mark.parametrize("learner", qgf.LEARNERS)
-def test_a_run_that_stops_goes_on_bitwise(tmp_path, learner):
-    one, two = tmp_path / "one", tmp_path / "two"
-    whole = fit(one, 1300, learner)
+@pytest.mark.parametrize("learner, name", [("policy", POLICY), ("critic", CRITIC)])
+def test_a_run_that_stops_goes_on_bitwise(fit, tmp_path, learner, name):
+    """A resumed run is another run, or one with damaged files begins again without a word."""
+    whole = fit(1300, "one", learner)
     for updates in (100, 1100, 1300):
-        state = fit(two, updates, learner)
+        state = fit(updates, "two", learner)
     assert_same(whole, state)
-    one, two = folder_of(one, learner), folder_of(two, learner)
-    assert files_of(one) == files_of(two) and len(files_of(one)) == 3
-    metrics = qgf.read_csv(one / "metrics.csv")
+    one, two = files_of(tmp_path / "one" / name), files_of(tmp_path / "two" / name)
+    assert one == two and one.keys() == {"config.json", "metrics.csv", "checkpoint.npz"}
+    metrics = qgf.read_csv(tmp_path / "one" / name / "metrics.csv")
     assert [int(row["updates"]) for row in metrics] == [*range(100, 1301, 100)]
-    out = tmp_path / "one"
-    assert_same(fit(out, 1200, learner), whole)  # it has gone further
-    for name, what in ("metrics.csv", "rows"), ("checkpoint.npz", "training begins again"):
-        (one / name).write_bytes(files_of(one)[name].replace(b",", b"", 1)[:-30])
-        with pytest.raises(qgf.UserError, match=rf"{name} is damaged, without it, .*{what}"):
-            fit(out, 1300, learner)
+    assert_same(fit(1200, "one", learner), whole)  # it has gone further
+    for file, what in ("metrics.csv", "rows"), ("checkpoint.npz", "training begins again"):
+        (tmp_path / "one" / name / file).write_bytes(one[file].replace(b",", b"", 1)[:-30])
+        with pytest.raises(qgf.UserError, match=rf"{file} is damaged, without it, .*{what}"):
+            fit(1300, "one", learner)
 
 
-def test_a_folder_belongs_to_one_run(tmp_path):
-    fit(tmp_path, 100)
-    folder = folder_of(tmp_path)
+def test_a_folder_belongs_to_one_run(fit, tmp_path):
+    """A run with other options, data or code goes on with these networks, or writes over them."""
+    fit(100)
+    folder = tmp_path / "out" / POLICY
     saved = qgf.read_json(folder / "config.json")
-    qgf.check_settings(folder, saved, False)
-    for name, x in dict(lr=2e-3, data="b", new=1).items():
-        for keep in (False, True):
+    for keep in (False, True):
+        qgf.check_settings(folder, saved, keep)
+        for name, x in dict(lr=2e-3, new=1).items():
             with pytest.raises(qgf.UserError, match=rf"{name} .*--out"):
                 qgf.check_settings(folder, saved | {name: x}, keep)
     with pytest.raises(qgf.UserError, match=r"other code: .*--out NEW, or --keep"):
         qgf.check_settings(folder, saved | dict(code="def"), False)
     qgf.check_settings(folder, saved | dict(code="def"), keep=True)
     with pytest.raises(qgf.UserError, match=r"data a\.npz, 60 rows, hash .*, not b\.npz"):
-        fit(tmp_path, 200, files="b")
+        fit(200, files="b")
     (folder / "config.json").write_text("")
     with pytest.raises(qgf.UserError, match=r"config\.json is damaged"):
-        qgf.check_settings(folder, saved, False)
+        fit(200)
     (folder / "config.json").unlink()
     with pytest.raises(qgf.UserError, match=r"trained with seed None"):
-        qgf.check_settings(folder, saved, False)
+        fit(200)
 
 
 def during_training(monkeypatch, what):
     """Let something happen in the third call of train."""
     calls, train = [], qgf.train
 
+    @wraps(train)  # so that it passes for qgf's own
     def interrupted(*args):
         calls.append(args)
         if len(calls) == 3:
@@ -876,30 +731,34 @@ def during_training(monkeypatch, what):
     return calls
 
 
-def test_a_slower_run_takes_over_what_is_ahead(tmp_path, monkeypatch):
-    alone = fit(tmp_path / "alone", 1300)
-    calls = during_training(monkeypatch, lambda: fit(tmp_path / "both", 1100))
+def test_a_slower_run_takes_over_what_is_ahead(fit, tmp_path, monkeypatch):
+    """Of two runs that share a policy, the slower one destroys what the faster one has saved."""
+    alone = fit(1300, "alone")
+    calls = during_training(monkeypatch, lambda: fit(1100))
     monkeypatch.setattr(qgf, "SAVE", 0)
-    assert_same(fit(tmp_path / "both", 1300), alone)
+    assert_same(fit(1300), alone)
     assert len(calls) == 3 + 9 + 2  # it goes on where the faster one was
-    assert files_of(folder_of(tmp_path / "both")) == files_of(folder_of(tmp_path / "alone"))
+    assert files_of(tmp_path / "out" / POLICY) == files_of(tmp_path / "alone" / POLICY)
 
 
-def test_two_runs_with_other_options_do_not_mix(tmp_path, monkeypatch):
+def test_two_runs_with_other_options_do_not_mix(fit, tmp_path, monkeypatch):
+    """Of two runs that begin at once in one folder, the last to save passes for both."""
 
     def other():
-        shutil.rmtree(folder_of(tmp_path))  # both began before there was one
-        fit(tmp_path, 300, lr=1e-9)
+        shutil.rmtree(tmp_path / "out" / POLICY)  # both began before there was one
+        fit(300, lr=1e-9)
 
     during_training(monkeypatch, other)
     with pytest.raises(qgf.UserError, match=r"trained with lr 1e-09, not 0\.001"):
-        fit(tmp_path, 500)
+        fit(500)
 
 
-def test_files_take_turns_and_each_20_seconds_are_saved(tmp_path, monkeypatch):
+def test_files_take_turns_and_each_20_seconds_are_saved(fit, monkeypatch):
+    """A resumed run reads other files, or a killed one loses more than it must."""
     seen, saved, save = [], [], qgf.save
     clock = iter(range(0, 10**6, 4))  # each look at the clock takes 4 s
 
+    @wraps(qgf.train)  # so that it passes for qgf's own
     def train(loss, total, state, others, data, n, cfg):
         seen.extend(data.stem * (n // 50))
         return state._replace(step=state.step + n), dict(x=np.zeros(n))
@@ -912,68 +771,74 @@ def test_files_take_turns_and_each_20_seconds_are_saved(tmp_path, monkeypatch):
     monkeypatch.setattr(qgf, "save", watched_save)
     monkeypatch.setattr(qgf, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     for updates in (950, 3250):
-        fit(tmp_path, updates, files="abc", load_file=lambda path: path)
+        fit(updates, files="abc", load_file=lambda path: path)
     assert "".join(seen) == 20 * "a" + 20 * "b" + 20 * "c" + 5 * "a"
     assert saved == [0, 600, 950, 950, 1500, 2100, 2700, 3250]
 
 
-def test_nan_is_refused_and_the_last_checkpoint_kept(tmp_path, monkeypatch):
-    fit(tmp_path, 100)
-    before = files_of(folder_of(tmp_path))
+def test_what_cannot_be_saved_is_refused(fit, tmp_path, monkeypatch):
+    """NaN replaces the last good checkpoint, or a folder that cannot be gives a traceback."""
+    fit(100)
+    before = files_of(tmp_path / "out" / POLICY)
 
+    @wraps(qgf.train)  # so that it passes for qgf's own
     def train(loss, total, state, others, data, n, cfg):
         params = jax.tree.map(lambda x: x * np.nan, state.params)
         return state._replace(params=params, step=state.step + n), dict(policy_loss=np.zeros(n))
 
     monkeypatch.setattr(qgf, "train", train)
     with pytest.raises(qgf.UserError, match=r"NaN.* 200 updates"):
-        fit(tmp_path, 200)
-    assert files_of(folder_of(tmp_path)) == before
-
-
-def test_what_cannot_be_written_is_named(tmp_path):
+        fit(200)
+    assert files_of(tmp_path / "out" / POLICY) == before
     (tmp_path / "file").touch()
     with pytest.raises(qgf.UserError, match=r"cannot write .*file/x/.*/config\.json"):
-        fit(tmp_path / "file/x", 100)
+        fit(100, "file/x")
 
 
-def test_the_codes_hash_follows_the_code(monkeypatch):
-    def hashes(source=qgf.SOURCE, *functions):
-        monkeypatch.setattr(qgf, "SOURCE", source)
-        return [qgf.code_hash(end, [qgf.qgf, *functions]) for end in ("# ---- 6", "# ====")]
+def test_the_codes_hash_follows_what_is_used(monkeypatch):
+    """An edit counts for the learners and methods that use it, and for no other."""
+    source = qgf.SOURCE
 
-    def same(old, new):
-        assert old in qgf.SOURCE
-        edited = hashes(plain_source.replace(old, new))
-        monkeypatch.setattr(qgf, "SOURCE", plain_source)
-        return [x == y for x, y in zip(edited, before, strict=True)]
+    def hashes(old="", new="", loss=qgf.critic_loss):
+        assert old in source
+        monkeypatch.setattr(qgf, "SOURCE", source.replace(old, new))
+        return np.array(
+            [
+                qgf.code_hash(qgf.train, qgf.init_policy, qgf.policy_loss),
+                qgf.code_hash(qgf.train, qgf.init_critic, loss),
+                qgf.code_hash(qgf.sample_actions, qgf.relative_weight, qgf.qgf),
+                qgf.code_hash(qgf.sample_actions, qgf.relative_weight, qgf.gradstep),
+            ]
+        )
 
-    plain_source = qgf.SOURCE
     before = hashes()
-    assert same("POLYAK = 0.005  #", "POLYAK   =   0.005  # other") == [True, True]
-    assert same("GOALS = 5", "GOALS = 6") == [True, True]
-    assert same("q_loss + v_loss", "q_loss + 2 * v_loss") == [False, False]
-    assert same("ASCENTS = 3", "ASCENTS = 4") == [True, False]
-    other = hashes(plain_source, fake_rollout), hashes(plain_source, eval("lambda: 1"))
-    assert before not in other and other[0] != other[1]
-    assert other[0] == hashes(plain_source, fake_rollout)
+    for old, new, changed in (
+        ("POLYAK = 0.005  #", "POLYAK   =   0.005  # other", [0, 0, 0, 0]),
+        ("GOALS = 5", "GOALS = 6", [0, 0, 0, 0]),
+        ("POLYAK = 0.005", "POLYAK = 0.004", [1, 1, 0, 0]),
+        ("kind < 0.2", "kind < 0.3", [1, 1, 0, 0]),
+        ("q_loss + v_loss", "q_loss + 2 * v_loss", [0, 1, 0, 0]),
+        ("return jax.vmap(mlp", "return 2 * jax.vmap(mlp", [0, 1, 1, 1]),
+        ("jnp.clip(a_t + (1 - t) * v", "(a_t + (1 - t) * v", [0, 0, 1, 0]),
+        ("ASCENTS = 3", "ASCENTS = 4", [0, 0, 1, 1]),
+    ):
+        assert (hashes(old, new) != before).tolist() == [bool(x) for x in changed], old
+    others = [hashes(loss=loss)[1] for loss in (fake_rollout, fake_rollout, eval("lambda: 1"))]
+    assert others[0] == others[1] and len({before[1], *others}) == 3
 
 
 # ---- the command line, and Python
-def parse(text):
-    return qgf.parse(text.split())
-
-
 def test_words_of_the_command_line():
+    """An option is ignored, or a family's defaults win against it."""
     line = "--guidance 0.3 1 --methods qgf@4 bptt --lr 1e-4 --no-keep --seed 3"
     given = dict(guidance=(0.3, 1.0), methods=("qgf@4", "bptt"), lr=1e-4, seed=3)
-    assert parse(line) == qgf.config(**given) == replace(qgf.config(), **given)
-    assert parse("--weights 0.1") == replace(qgf.config(), weights=(0.1,), guidance=())
-    assert parse("--weights 0.1 --guidance 2").guidance == (2.0,)
+    assert qgf.parse(line.split()) == qgf.config(**given) == replace(qgf.config(), **given)
+    assert qgf.config(weights=(0.1,)) == replace(qgf.config(), weights=(0.1,), guidance=())
+    assert qgf.config(weights=[0.1], guidance=[2.0]).guidance == (2.0,)
     for names, defaults in qgf.FAMILY.items():
         for name in np.ravel(names):
-            want = defaults | dict(env=f"{name}-task2", depth=2)
-            assert qgf.config(env=f"{name}-task2", depth=2) == qgf.Config(**want)
+            given = dict(env=f"{name}-task2", depth=2)
+            assert qgf.config(**given) == qgf.Config(**defaults | given)
 
 
 @pytest.mark.parametrize(
@@ -988,100 +853,95 @@ def test_words_of_the_command_line():
     ],
 )
 def test_a_wrong_word_gets_one_line(line, words):
+    """A run trains for hours with an option that means nothing."""
     with pytest.raises(qgf.UserError, match=rf"^.*{words}.*\Z"):
-        parse(line)
+        qgf.parse(line.split())
 
 
-@pytest.mark.parametrize("line", ["--seed 1.5", "--policy-update 5", "cube-double"])
-def test_argparse_refuses_the_rest(line, capsys):
-    with pytest.raises(SystemExit):
-        parse(line)
-    assert capsys.readouterr().err.count("\n") == 2
+README = (HERE / "README.md").read_text()
 
 
 def test_readmes_commands_are_understood():
-    lines = (HERE / "README.md").read_text().splitlines()
-    commands = [x.split("#")[0].split()[2:] for x in lines if x.startswith("python qgf.py ")]
-    commands = [x for x in commands if "qgf-midpoint" not in x]  # a fork's
+    """README tells people to type what is refused."""
+    commands = re.findall(r"^python qgf.py ([^#\n]*)", README, re.MULTILINE)
+    commands = [x.split() for x in commands if "qgf-midpoint" not in x]  # a fork's
     assert len(commands) >= 2
     for command in commands:
         qgf.find_task(qgf.parse(command).env)
 
 
 def test_quick_start_printed_its_table():
+    """README's table, or a number in its text, is not that of the episodes in the repository."""
     played = {("bc", ""): [], ("qgf", "λ 0.03"): []}
     for row in qgf.read_csv(HERE / ".github/results/quick-start/episodes.csv"):
         strength = "λ 0.03" if row["method"] == "qgf" else ""
         played[row["method"], strength].append((float(row["success"]), float(row["return"])))
     lines = qgf.table({key: np.array(x).T for key, x in played.items()}, GOAL)
-    readme = (HERE / "README.md").read_text()
-    assert "\n".join(lines) in readme
-    assert f"reaches\n{lines[2].split()[4]} of the goals" in readme
-    assert f"cannot see the goal, {lines[1].split()[2]} (one seed" in readme
+    assert "\n".join(lines) in README
+    assert f"reaches\n{lines[2].split()[4]} of the goals" in README
+    assert f"cannot see the goal, {lines[1].split()[2]} (one seed" in README
 
 
 def test_uv_installs_what_pip_installs():
-    block = re.search(r"^# /// script\n(.*?)^# ///$", qgf.SOURCE, re.MULTILINE | re.DOTALL)[1]
-    script = tomllib.loads(re.sub("^# ?", "", block, flags=re.MULTILINE))
+    """The file's last lines and requirements.txt name other versions."""
+    block = re.search(r"^# dependencies = \[(.*?)\]", qgf.SOURCE, re.MULTILINE | re.DOTALL)[1]
     lines = (HERE / "requirements.txt").read_text().splitlines()
-    wanted = [line.split("#")[0].strip() for line in lines]
-    assert script["dependencies"] == [
-        x for x in wanted if x and not x.startswith(("pytest", "ruff"))
-    ]
-    assert script["requires-python"] == ">=3.11"
+    wanted = [x.split("#")[0].strip() for x in lines if not x.startswith(("pytest", "ruff"))]
+    assert re.findall('"(.*?)"', block) == [x for x in wanted if x]
 
 
 SMALL = "--policy-width 8 --critic-width 8 --depth 1 --batch-size 8 --episodes 2"
 SMALL += " --policy-updates 100 --critic-updates 600"
 
 
-@pytest.mark.slow
-def test_main_trains_once_plays_what_lacks_and_python_loads_it(home, tmp_path, monkeypatch, capsys):
+def test_main_trains_once_plays_what_lacks_and_readmes_lines_act(
+    home, tmp_path, monkeypatch, capsys
+):
+    """A run trains or plays again what it has, or what code has changed is not played again."""
     played = fake_rollout(monkeypatch)
     monkeypatch.setattr(qgf, "DATA", (home / COLLECTED).parent)
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
 
     def main(line="", env="cube-single"):
         played.clear()
-        text = f"{SMALL} --eval-every 300 --out=~/x --env {env} --collect 2000 {line}"
+        text = f"{SMALL} --eval-every 300 --out=~/runs --env {env} --collect 2000 {line}"
         qgf.main(text.split())
         return [method for method, _, _ in played]
 
     assert main() == 2 * ["bc", "qgf"]
     out = capsys.readouterr().out
     assert "400 rows, 2 trajectories, any goal" in out and "after 600 updates" in out
-    folders = tmp_path / "x/cube-single-play-v0-policy-s0", tmp_path / "x/cube-single-s0"
-    nets, cfg, task = qgf.load_run("~/x/cube-single-s0")
+    nets, cfg, task = qgf.load_run("~/runs/cube-single-s0")
     assert_same(nets, played[-1][2])
     assert nets.keys() == {"policy", "critic", "value"} and task == GOAL
     assert (cfg.critic_width, cfg.critic_updates, cfg.expectile) == (8, 600, 0.9)
-    before = files_of(folders[0])
-    assert main() == [] and main("--methods bptt") == ["bptt"]
-    assert "100 of 100 updates found" in capsys.readouterr().out
-    assert main("--first-seed 7") == ["bc", "qgf"]
-    assert main(env="cube-single-task2") == 2 * ["bc", "qgf"]
-    monkeypatch.setitem(qgf.ESTIMATORS, "qgf", lambda q, flow, a_t, t, v, T: 0 * v)
-    assert main() == ["bc", "qgf"]  # a function from elsewhere; at 300 updates, no network is left
-    monkeypatch.undo()
-    assert files_of(folders[0]) == before  # all tasks share the policy
-
-
-def test_readmes_lines_load_a_run_and_act(home, tmp_path, monkeypatch):
-    fake_rollout(monkeypatch)
-    monkeypatch.setattr(qgf, "DATA", (home / COLLECTED).parent)
-    monkeypatch.chdir(tmp_path)
-    qgf.main(f"{SMALL} --env cube-single --collect 2000".split())
-    (code,) = re.findall(r"```python\n(import.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    (code,) = re.findall(r"```python\n(import.*?)```", README, re.DOTALL)
     names = {}
     exec(code, names)
     assert names["a"].shape == (1, 25) and (abs(names["a"]) <= 1).all()
     with pytest.raises(qgf.UserError, match="no run"):
         qgf.load_run("elsewhere")
 
+    before = files_of(tmp_path / "runs/cube-single-play-v0-policy-s0")
+    assert main() == [] and main("--methods bptt") == ["bptt"]
+    assert "100 of 100 updates found" in capsys.readouterr().out
+    assert main("--first-seed 7") == ["bc", "qgf"]
+    assert main(env="cube-single-task2") == 2 * ["bc", "qgf"]
+    with monkeypatch.context() as patch:
+        patch.setitem(qgf.ESTIMATORS, "qgf", lambda q, flow, a_t, t, v, T: 0 * v)
+        assert main() == ["qgf"]  # at 300 updates, no network is left
+    edited = qgf.SOURCE.replace("q_loss + v_loss", "q_loss + 2 * v_loss")
+    monkeypatch.setattr(qgf, "SOURCE", edited)
+    with pytest.raises(qgf.UserError, match="--out NEW, or --keep"):
+        main()
+    assert main("--keep") == ["bc", "qgf"] and main("--keep") == []
+    assert files_of(tmp_path / "runs/cube-single-play-v0-policy-s0") == before  # all tasks share it
+
 
 # ---- real runs, in processes of their own
-def start(home, *args, flags=(), script=qgf.__file__, **env):
-    command = [sys.executable, *flags, script, *map(str, args)]
+def start(home, *args, flags=(), **env):
+    command = [sys.executable, *flags, qgf.__file__, *map(str, args)]
     env = os.environ | dict(HOME=str(home)) | env
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="latin-1")
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a job of the background ignores it
@@ -1096,20 +956,18 @@ def finish(p, status=0):
     return out if status == 0 else err
 
 
-def family(p):
-    """The processes of a run, but for the first."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            if int(path.name) != p.pid and os.getsid(int(path.name)) == p.pid:
-                found.append(int(path.name))
-        except OSError:  # it has ended
-            continue
-    return found
+def alive(p):
+    """Is there a process of this run?"""
+    try:
+        os.killpg(p.pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 @pytest.mark.slow
 def test_a_run_stopped_in_three_ways_equals_an_uninterrupted_one(home):
+    """Ctrl-C, SIGTERM or kill -9 lose training, spoil a file, or leave processes behind."""
     args = [*SMALL.split(), "--critic-updates", 4000, "--eval-every", 2000, "--collect", 2000]
     args += ["--env", "cube-single", "--methods", "qgf@2", "--seed", 1, "--out"]
     whole = start(home, *args, "whole")
@@ -1124,43 +982,17 @@ def test_a_run_stopped_in_three_ways_equals_an_uninterrupted_one(home):
             finish(p, -number)
         else:
             assert "stopped: the same command" in finish(p, 1)
-        while family(p):  # all of its processes end
+        while alive(p):  # all of its processes end
             time.sleep(0.1)
-    faults = dict(TMPDIR=f"/tmp/{'x' * 99}")
-    os.makedirs(faults["TMPDIR"], exist_ok=True)
-    finish(start(home, *args, "stopped", **faults))
+    finish(start(home, *args, "stopped"))
     assert "cube-single after 4000 updates" in finish(whole)
     for folder in ("cube-single-play-v0-policy-s1", "cube-single-s1"):
         assert files_of(home / "whole" / folder) == files_of(home / "stopped" / folder)
 
 
 @pytest.mark.slow
-def test_edited_code_never_gets_old_numbers(home):
-    (home / "edited").mkdir()
-    script = home / "edited/qgf.py"
-    args = [*SMALL.split(), "--env", "cube-single", "--collect", 2000, "--out", "parent"]
-
-    def run(old, new, *more, status=0):
-        assert old in qgf.SOURCE
-        script.write_text(qgf.SOURCE.replace(old, new))
-        return finish(start(home, *args, *more, script=script), status)
-
-    run("", "")
-    found = "2 episodes found"
-    assert run("GOALS = 5  #", "GOALS = 5  # a comment").count(found) == 2
-    edit = "return q_loss + v_loss", "return q_loss + 2 * v_loss"
-    err = run(*edit, status=1)
-    assert err.splitlines()[-1].startswith("qgf.py: ") and "--out NEW, or --keep" in err
-    before = files_of(home / "parent/cube-single-s0")["checkpoint.npz"]
-    out = run(*edit, "--keep")
-    assert found not in out and "600 of 600 updates found" in out
-    assert run(*edit, "--keep").count(found) == 2
-    assert files_of(home / "parent/cube-single-s0")["checkpoint.npz"] == before
-
-
-@pytest.mark.slow
 def test_your_own_environment(home):
-    """It is of a package, shows no success, and gives its reward as an array."""
+    """One of a package that shows no success, and gives its reward as an array, does not run."""
     (home / "mine.py").write_text(
         "import gymnasium, numpy as np\n"
         "from gymnasium.envs.classic_control import PendulumEnv\n"
@@ -1170,15 +1002,9 @@ def test_your_own_environment(home):
         "        return s, np.array([r]), *rest\n"
         "gymnasium.register('Mine-v0', Mine, max_episode_steps=200)\n"
     )
-    env, rows = gymnasium.make("Pendulum-v1"), []
-    for seed in range(3):
-        state, _ = env.reset(seed=seed)
-        for i in range(200):
-            action = np.random.default_rng(i).uniform(-2, 2, 1)
-            after, reward, *_ = env.step(action)
-            rows.append((state, action, reward, i == 199))
-            state = after
-    save_rows(home / "p.npz", "observations actions rewards terminals", rows)
+    rng = np.random.default_rng(0)
+    raw = dict(observations=rng.normal(size=(600, 3)), actions=rng.uniform(-2, 2, (600, 1)))
+    np.savez(home / "p.npz", **raw, rewards=-np.ones(600), terminals=np.arange(600) % 200 == 199)
     args = [*SMALL.split(), "--env", "mine:Mine-v0", "--data", "p.npz"]
     out = finish(start(home, *args, PYTHONPATH=str(home)))
     assert "600 rows, 3 trajectories, 0.00% solved; rewards of 3 last rows are not used" in out
@@ -1189,17 +1015,16 @@ def test_your_own_environment(home):
 
 @pytest.mark.slow
 def test_odd_machines(home):
-    """A terminal without Greek letters, no docstrings, no home, no GPU, a folder that cannot be."""
+    """A terminal without Greek letters, no docstrings and no home, or no GPU: a traceback."""
     text = finish(start(home, "--help", flags=["-OO"], PYTHONIOENCODING="latin-1", HOME="/none"))
     assert all(f"--{name.replace('_', '-')}" in text for name in qgf.Config.__annotations__)
-    args = [*SMALL.split(), "--env", "cube-single", "--collect", 2000]
-    assert "/proc/x" in finish(start(home, *args, "--out", "/proc/x"), 1).splitlines()[-1]
-    assert "JAX_PLATFORMS" in finish(start(home, *args, JAX_PLATFORMS="cuda"), 1).splitlines()[-1]
+    line = finish(start(home, "--env", "cube-single", JAX_PLATFORMS="cuda"), 1)
+    assert "JAX_PLATFORMS" in line.splitlines()[-1]
 
 
 @pytest.mark.slow
-def test_guidance_solves_a_real_task(home, tmp_path):
-    """cube-single, on 20,000 rows of OGBench's scripted policy and for about a minute."""
+def test_guidance_solves_a_real_task(tmp_path):
+    """All parts work, but not together: cube-single, on 20,000 rows of OGBench's script."""
     args = "--env cube-single --collect 20000 --policy-updates 7000 --critic-updates 7000"
     out = finish(start(tmp_path, *args.split(), "--batch-size", 128))
     pairs, p = re.search(r"^qgf .* (\d+:\d+) +(\S+) ", out, re.MULTILINE).groups()

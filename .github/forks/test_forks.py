@@ -27,7 +27,9 @@ PLACES = dict(  # at most; a place is a run of lines that begin with + or -
     midpoint=2, fade=2, placebo=2, loss=2, wandb=2, qc=4, edp=4, transformer=4, dqc=8
 )
 PLACES["goal-bc"] = 5
-REUSE = ["midpoint", "fade", "placebo", "wandb"]  # these leave sections 2 to 5, so networks, alone
+KEPT = {name: {"policy", "critic"} for name in PLACES}  # networks that a fork can take from a run
+KEPT |= dict(loss={"policy"}, qc={"policy"}, transformer={"critic"}, dqc=set())
+KEPT["goal-bc"] = set()
 METHODS = dict(  # that a fork adds
     midpoint=["qgf-midpoint"],
     placebo=["placebo-shift", "placebo-reversal", "placebo-rotation"],
@@ -86,10 +88,10 @@ def trained(name):
     return fork, cfg, *train(fork, cfg), batch
 
 
-def sections(module):
-    """The text of sections 2 to 5, which decide what networks become."""
-    text = Path(module.__file__).read_text()
-    return text[text.index("# ---- 2") : text.index("# ---- 6")]
+def codes(module):
+    """Hashes of the code that decides what each network becomes, by learner."""
+    learners = module.LEARNERS.items()
+    return {(k, module.code_hash(module.train, init, loss)) for k, (init, loss, _) in learners}
 
 
 def noise(n=1):
@@ -123,7 +125,7 @@ def test_diff(name):
     assert places <= PLACES[name]
     assert re.search(rf"\n\| `{name}` \| .* \| {places} \|\n", (HERE / "README.md").read_text())
     fork = load(name)
-    assert (sections(fork) == sections(qgf)) == (name in REUSE)
+    assert {learner for learner, _ in codes(fork) & codes(qgf)} == KEPT[name]
     settings = ["--config", HERE.parents[1] / ".ruff.toml", fork.__file__]
     for command in (["format", "--check"], ["check"]):
         subprocess.run([sys.executable, "-m", "ruff", *command, *settings], check=True)

@@ -31,7 +31,7 @@ GOALS = 5  # an episode's number modulo 5 is its goal
 def read(folder, every=False):
     """The episodes of all runs in a folder, a dict each, with numbers for what is counted.
 
-    Of each run, only those of its last code and, of these, after its most updates; or `every` one.
+    Of a method, only those of its last code; of a run, those after most updates; or `every` one.
     """
     folder = Path(folder).expanduser()
     rows = []
@@ -39,7 +39,8 @@ def read(folder, every=False):
         with open(path) as file:
             run = list(csv.DictReader(file))
         if run and not every:
-            run = [row for row in run if row.get("code") == run[-1].get("code")]
+            last = {row["method"]: row.get("code") for row in run}
+            run = [row for row in run if row.get("code") == last[row["method"]]]
             most = max(int(row["updates"]) for row in run)
             run = [row for row in run if int(row["updates"]) == most]
         for row in run:
