@@ -13,6 +13,7 @@ A page's table stands between <!-- table: NAME --> and <!-- end -->, for a NAME 
 """
 
 import csv
+import gzip
 import re
 import sys
 from functools import partial
@@ -35,8 +36,9 @@ def read(folder, every=False):
     """
     folder = Path(folder).expanduser()
     rows = []
-    for path in sorted(folder.glob("**/episodes.csv")):
-        with open(path) as file:
+    paths = [*folder.glob("**/episodes.csv"), *folder.glob("**/episodes.csv.gz")]
+    for path in sorted(paths):
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt") as file:
             run = list(csv.DictReader(file))
         if run and not every:
             last = {row["method"]: row.get("code") for row in run}
