@@ -33,7 +33,7 @@ import optax
 
 
 # ---- 1 Config
-def option(default, text, of="", low=0, high=1e9):
+def option(default, text, of="all", low=0, high=1e9):
     """A setting: its default, its line in --help, the learners that it changes, and its range."""
     return field(default=default, metadata=dict(help=text, of=of, low=low, high=high))
 
@@ -43,30 +43,30 @@ class Config:
     """The options of a run. Frozen, since jit takes it as static."""
 
     # run
-    env: str = option("cube-double", "cube-double: any goal; cube-double-task2: one task")
-    seed: int = option(0, "of parameters, batches and noise", of="all")
-    out: str = option("runs", "folder of runs")
-    data: str = option("", "your own .npz, or a folder of slices or of OGBench's sets")
-    collect: int = option(1_000_000, "rows to collect if no download works", low=1)
-    keep: bool = option(False, "use networks that other code has trained")
+    env: str = option("cube-double", "cube-double: any goal; cube-double-task2: one task", of="")
+    seed: int = option(0, "of parameters, batches and noise")
+    out: str = option("runs", "folder of runs", of="")
+    data: str = option("", "your own .npz, or a folder of slices or of OGBench's sets", of="")
+    collect: int = option(1_000_000, "rows to collect if no download works", of="", low=1)
+    keep: bool = option(False, "use networks that other code has trained", of="")
     # playing
-    methods: tuple[str, ...] = option(("qgf",), "rows of the table; NAME@4: best of 4 by Q")
-    guidance: tuple[float, ...] = option((0.1,), "λ: how hard Q pushes, relative to the flow")
-    weights: tuple[float, ...] = option((), "w = 1/β, instead of λ: as in the paper")
-    episodes: int = option(50, "episodes in a row of the table", low=1)
-    first_seed: int = option(2_000_000, "episode i has seed N + i; choose λ on others")
-    eval_every: int = option(0, "a table after every N updates of the critic; 0: at the end")
+    methods: tuple[str, ...] = option(("qgf",), "rows of the table; NAME@4: best of 4 by Q", of="")
+    guidance: tuple[float, ...] = option((0.1,), "λ: how hard Q pushes, next to the flow", of="")
+    weights: tuple[float, ...] = option((), "w = 1/β, instead of λ: as in the paper", of="")
+    episodes: int = option(50, "episodes in a row of the table", of="", low=1)
+    first_seed: int = option(2_000_000, "episode i has seed N + i; choose λ on others", of="")
+    eval_every: int = option(0, "a table after every N updates of the critic; 0: at the end", of="")
     # training
     policy_updates: int = option(170_000, "updates of the policy", of="policy", low=1)
     critic_updates: int = option(225_000, "updates of the critic", of="critic", low=1)
     policy_width: int = option(512, "units of its hidden layers", of="policy", low=1)
     critic_width: int = option(256, "the same for critic and value", of="critic", low=1)
-    depth: int = option(4, "hidden layers", of="all", low=1)
-    batch_size: int = option(256, "chunks in a batch", of="all", low=1)
-    lr: float = option(1e-3, "learning rate of Adam", of="all", low=1e-9)
-    lr_decay: float = option(0.1, "lr falls to 0 in this last share of updates", of="all", high=1)
+    depth: int = option(4, "hidden layers", low=1)
+    batch_size: int = option(256, "chunks in a batch", low=1)
+    lr: float = option(1e-3, "learning rate of Adam", low=1e-9)
+    lr_decay: float = option(0.1, "lr falls to 0 in this last share of updates", high=1)
     # algorithm
-    horizon: int = option(5, "H: actions in a chunk", of="all", low=1)
+    horizon: int = option(5, "H: actions in a chunk", low=1)
     denoise_steps: int = option(10, "T: Euler steps from noise to action", of="policy", low=1)
     discount: float = option(0.99, "γ, per environment step", of="critic", high=1)
     expectile: float = option(0.95, "τ: V is the mean (.5) to the best (1) Q", of="critic", high=1)
@@ -307,7 +307,7 @@ def integrate(flow, a_t, t, T):
     """Where the unguided flow takes a_t (B, H*A) from t (B, 1), equal in all rows -> (B, H*A)."""
 
     def euler(a, i):
-        now = t + i / T  # (B, 1)
+        now = t + i / T  # (B, 1), and from 1 on, nothing moves
         return jax.lax.cond(now[0, 0] < 1 - 0.5 / T, lambda: a + flow(a, now) / T, lambda: a), None
 
     return jnp.clip(jax.lax.scan(euler, a_t, jnp.arange(T))[0], -1, 1)
@@ -391,7 +391,7 @@ def relative_weight(guidance, nets, batch, method, cfg):
     s, g, a = batch.observations, batch.goals, batch.actions
     a_0 = jax.random.normal(jax.random.PRNGKey(0), a[:, None].shape)  # (B, 1, H*A)
     _, rms = sample_actions(nets, s, g, a_0, 0.0, method, cfg)
-    typical = float(jnp.median(rms))  # a tenth of the states, in which Q is steep, decides a mean
+    typical = float(jnp.median(rms))  # the tenth where Q is steepest would decide a mean
     return guidance / typical if typical > 0 else 0.0
 
 
@@ -451,7 +451,7 @@ def find_task(name):
     """OGBench's name of a task, short or full, or a gymnasium id -> Task."""
     base, kind, single, number, _ = NAMES.fullmatch(name).groups("")
     if f"{base}-singletask-v0" not in gymnasium.registry:
-        return Task(name, name)  # gymnasium.make says it if there is none
+        return Task(name, name)  # Chunks says it if there is none
     if base.startswith("visual"):
         raise UserError(f"--env {name}: states must be vectors, not pixels")
     usual = "-navigate" if re.search("maze|soccer", base) else "-play"
@@ -514,7 +514,7 @@ def load_data(path, task, env, cfg):
     with refusing(f"{path} is no whole .npz of numbers", *UNREADABLE), np.load(path) as file:
         raw = {x: file[x] for x in file if x in COLUMNS or ENDS.search(x)}
     N = len(raw["actions"])
-    for name in raw.keys() - {*COLUMNS}:
+    for name in raw.keys() - {*COLUMNS}:  # ends under another name must not be ignored
         known = "give terminals (1 in a trajectory's last row), or D4RL's with timeouts"
         need(raw.pop(name).shape[:1] != (N,), f"{name} is not understood: {known}")
     S, _, A = env.sizes
@@ -699,23 +699,30 @@ UNREADABLE = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 def code_hash(*functions):
-    """Hash of the syntax of functions and of all that they use of this file; comments do not count.
+    """Hash of the syntax of functions and of all that they use in this file, without comments.
 
-    One from elsewhere counts with the text of its file. One typed at a prompt equals itself alone.
+    One that this file does not define counts with all of this file and the text of its own. What
+    is set or imported from elsewhere does not count.
     """
-    defined = {}
+    statements = {}  # by the names that they define
     for node in ast.parse(SOURCE).body:
-        for target in getattr(node, "targets", [node]):  # of an assignment, or a def or a class
-            defined[getattr(target, "name", getattr(target, "id", None))] = node
-    used = [f.__name__ for f in functions if f.__module__ == __name__]
+        defined = [getattr(node, "name", "")]  # of a def or class; else, what is assigned to
+        if not defined[0]:
+            inside = [x for x in ast.walk(node) if isinstance(x, ast.Name)]
+            defined = [x.id for x in inside if isinstance(x.ctx, ast.Store)]
+        for name in defined:
+            statements.setdefault(name, []).append(node)
+    names = {id(x): name for name, x in globals().items() if name in statements}
+    elsewhere = [f for f in functions if id(f) not in names]
+    used = [*statements] if elsewhere else [names[id(f)] for f in functions]
     for name in used:  # which grows on the way
-        names = [x.id for x in ast.walk(defined[name]) if isinstance(x, ast.Name)]
-        used += [x for x in dict.fromkeys(names) if x in defined and x not in used]
-    code = [ast.unparse(defined[name]) for name in sorted(used)]
-    for function in functions:
-        if function.__module__ != __name__:
-            path = Path(getattr(getattr(function, "__code__", None), "co_filename", ""))
-            code.append(path.read_text("utf-8") if path.is_file() else repr(function))
+        parts = [x for node in statements[name] for x in ast.walk(node)]
+        uses = dict.fromkeys(x.id for x in parts if isinstance(x, ast.Name))
+        used += [x for x in uses if x in statements and x not in used]
+    code = [ast.unparse(node) for name in sorted(used) for node in statements[name]]
+    for function in elsewhere:
+        path = Path(getattr(getattr(function, "__code__", None), "co_filename", ""))
+        code.append(path.read_text("utf-8") if path.is_file() else repr(function))
     return digest(code)
 
 
@@ -761,7 +768,7 @@ def settings_of(name, run):
     return {option: getattr(run.cfg, option) for option in options_of(name)} | dict(
         **whose,
         data=f"{run.files[0].name}, {run.rows:,} rows, hash {digest(checksums)}",
-        code=code_hash(train, init, loss),
+        code=code_hash(load_data, init_state, train, init, loss),
     )
 
 
@@ -875,7 +882,7 @@ def fit(name, updates, others, run):
                     break
                 save(folder, state, metrics, settings, cfg.keep)
                 saved = time.monotonic()
-    return fit(name, updates, others, run)  # as saved
+    return fit(name, updates, others, run)  # read back: another run may have been ahead
 
 
 def evaluate(nets, updates, batch, run):
@@ -885,7 +892,7 @@ def evaluate(nets, updates, batch, run):
     """
     cfg = run.cfg
     path = folder_of("critic", run.task, cfg) / "episodes.csv"
-    settings = [settings_of(name, run) for name in LEARNERS]
+    networks = digest([settings_of(name, run) for name in LEARNERS])
     strengths = [(f"λ {x:g}", x, 0.0) for x in cfg.guidance]
     strengths += [(f"w {x:g}", 0.0, x) for x in cfg.weights]
     wanted = [("bc", "", 0.0, 0.0)]
@@ -896,9 +903,9 @@ def evaluate(nets, updates, batch, run):
     envs = None
     for method, strength, guidance, weight in dict.fromkeys(wanted):
         estimator = ESTIMATORS[parse_method(method)[0]]
-        code = digest([code_hash(sample_actions, relative_weight, estimator), *settings])
-        key = dict(env=run.task.name, seed=cfg.seed, first_seed=cfg.first_seed, code=code)
-        key |= dict(updates=updates, method=method, guidance=guidance, weight=weight)
+        code = code_hash(Chunks, sample_actions, relative_weight, estimator)
+        key = dict(env=run.task.name, seed=cfg.seed, first_seed=cfg.first_seed, networks=networks)
+        key |= dict(code=code, updates=updates, method=method, guidance=guidance, weight=weight)
         key = {name: str(x) for name, x in key.items()}  # as in a file
         rows = [row for row in read_csv(path) if key.items() <= row.items()]
         if len(rows) >= cfg.episodes:
@@ -910,12 +917,12 @@ def evaluate(nets, updates, batch, run):
                 w = relative_weight(guidance, nets, batch, estimator, cfg)
             with refusing("the process of an environment has ended", EOFError, ConnectionError):
                 results = rollout(envs, nets, w, method, run.sizes, cfg)
-            others = [row for row in read_csv(path) if not key.items() <= row.items()]
+            kept = [row for row in read_csv(path) if not key.items() <= row.items()]
             rows = []
             for i, (success, total, length) in enumerate(results.tolist()):
                 result = {"success": success, "return": total, "length": length}
                 rows.append(key | dict(w=f"{w:.6g}", episode=i) | result)
-            write_csv(path, others + rows)
+            write_csv(path, kept + rows)
         results = [(float(row["success"]), float(row["return"])) for row in rows[: cfg.episodes]]
         played[method, strength] = np.array(results).T  # (2, n)
     if envs:
@@ -1093,13 +1100,13 @@ def main(argv=None):
         print(f"{name:8}{found[-1]:,} of {total:,} updates found in {folder}", flush=True)
 
     nets = {}
-    *first, last = LEARNERS
-    for name in first:
+    *earlier, final = LEARNERS
+    for name in earlier:
         nets |= fit(name, getattr(cfg, LEARNERS[name][2]), nets, run).average
-    total = getattr(cfg, LEARNERS[last][2])
+    total = getattr(cfg, LEARNERS[final][2])
     every = cfg.eval_every or total
     for updates in [*range(every, total, every), total]:
-        state = fit(last, updates, nets, run)
+        state = fit(final, updates, nets, run)
         if state.step == updates:  # else the folder has more of them already
             played = evaluate(nets | state.average, updates, batch, run)
             print(f"\n{task.name} after {updates} updates", *table(played, task), sep="\n")

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from functools import partial, wraps
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -720,7 +720,6 @@ def during_training(monkeypatch, what):
     """Let something happen in the third call of train."""
     calls, train = [], qgf.train
 
-    @wraps(train)  # so that it passes for qgf's own
     def interrupted(*args):
         calls.append(args)
         if len(calls) == 3:
@@ -758,7 +757,6 @@ def test_files_take_turns_and_each_20_seconds_are_saved(fit, monkeypatch):
     seen, saved, save = [], [], qgf.save
     clock = iter(range(0, 10**6, 4))  # each look at the clock takes 4 s
 
-    @wraps(qgf.train)  # so that it passes for qgf's own
     def train(loss, total, state, others, data, n, cfg):
         seen.extend(data.stem * (n // 50))
         return state._replace(step=state.step + n), dict(x=np.zeros(n))
@@ -781,7 +779,6 @@ def test_what_cannot_be_saved_is_refused(fit, tmp_path, monkeypatch):
     fit(100)
     before = files_of(tmp_path / "out" / POLICY)
 
-    @wraps(qgf.train)  # so that it passes for qgf's own
     def train(loss, total, state, others, data, n, cfg):
         params = jax.tree.map(lambda x: x * np.nan, state.params)
         return state._replace(params=params, step=state.step + n), dict(policy_loss=np.zeros(n))
@@ -796,8 +793,10 @@ def test_what_cannot_be_saved_is_refused(fit, tmp_path, monkeypatch):
 
 
 def test_the_codes_hash_follows_what_is_used(monkeypatch):
-    """An edit counts for the learners and methods that use it, and for no other."""
-    source = qgf.SOURCE
+    """An edit is missed, or it counts for learners and methods that do not use it."""
+    source = qgf.SOURCE + "\nX1: float = 1\nX2, X3 = 2, 3\nX3 += 4\nif X3:\n    X5 = 5\n"
+    source += "def uses():\n    return X1, X2, X3, X5\n"
+    monkeypatch.setattr(qgf, "uses", lambda: 0, raising=False)
 
     def hashes(old="", new="", loss=qgf.critic_loss):
         assert old in source
@@ -808,23 +807,29 @@ def test_the_codes_hash_follows_what_is_used(monkeypatch):
                 qgf.code_hash(qgf.train, qgf.init_critic, loss),
                 qgf.code_hash(qgf.sample_actions, qgf.relative_weight, qgf.qgf),
                 qgf.code_hash(qgf.sample_actions, qgf.relative_weight, qgf.gradstep),
+                qgf.code_hash(qgf.uses),
             ]
         )
 
     before = hashes()
     for old, new, changed in (
-        ("POLYAK = 0.005  #", "POLYAK   =   0.005  # other", [0, 0, 0, 0]),
-        ("GOALS = 5", "GOALS = 6", [0, 0, 0, 0]),
-        ("POLYAK = 0.005", "POLYAK = 0.004", [1, 1, 0, 0]),
-        ("kind < 0.2", "kind < 0.3", [1, 1, 0, 0]),
-        ("q_loss + v_loss", "q_loss + 2 * v_loss", [0, 1, 0, 0]),
-        ("return jax.vmap(mlp", "return 2 * jax.vmap(mlp", [0, 1, 1, 1]),
-        ("jnp.clip(a_t + (1 - t) * v", "(a_t + (1 - t) * v", [0, 0, 1, 0]),
-        ("ASCENTS = 3", "ASCENTS = 4", [0, 0, 1, 1]),
+        ("POLYAK = 0.005  #", "POLYAK   =   0.005  # other", [0, 0, 0, 0, 0]),
+        ("GOALS = 5", "GOALS = 6", [0, 0, 0, 0, 0]),
+        ("POLYAK = 0.005", "POLYAK = 0.004", [1, 1, 0, 0, 0]),
+        ("kind < 0.2", "kind < 0.3", [1, 1, 0, 0, 0]),
+        ("q_loss + v_loss", "q_loss + 2 * v_loss", [0, 1, 0, 0, 0]),
+        ("return jax.vmap(mlp", "return 2 * jax.vmap(mlp", [0, 1, 1, 1, 0]),
+        ("jnp.clip(a_t + (1 - t) * v", "(a_t + (1 - t) * v", [0, 0, 1, 0, 0]),
+        ("ASCENTS = 3", "ASCENTS = 4", [0, 0, 1, 1, 0]),
+        ("X1: float = 1", "X1: float = 2", [0, 0, 0, 0, 1]),
+        ("X3 = 2, 3", "X3 = 1, 3", [0, 0, 0, 0, 1]),
+        ("X3 += 4", "X3 += 5", [0, 0, 0, 0, 1]),
+        ("    X5 = 5", "    X5 = 6", [0, 0, 0, 0, 1]),
     ):
         assert (hashes(old, new) != before).tolist() == [bool(x) for x in changed], old
     others = [hashes(loss=loss)[1] for loss in (fake_rollout, fake_rollout, eval("lambda: 1"))]
     assert others[0] == others[1] and len({before[1], *others}) == 3
+    assert hashes("GOALS = 5", "GOALS = 6", fake_rollout)[1] != others[0]
 
 
 # ---- the command line, and Python

@@ -91,7 +91,10 @@ def trained(name):
 def codes(module):
     """Hashes of the code that decides what each network becomes, by learner."""
     learners = module.LEARNERS.items()
-    return {(k, module.code_hash(module.train, init, loss)) for k, (init, loss, _) in learners}
+    return {
+        (k, module.code_hash(module.load_data, module.init_state, module.train, init, loss))
+        for k, (init, loss, _) in learners
+    }
 
 
 def noise(n=1):

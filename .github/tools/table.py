@@ -32,7 +32,7 @@ GOALS = 5  # an episode's number modulo 5 is its goal
 def read(folder, every=False):
     """The episodes of all runs in a folder, a dict each, with numbers for what is counted.
 
-    Of a method, only those of its last code; of a run, those after most updates; or `every` one.
+    Of a run, only those of its last networks, and of a method, those of its last code; or `every`.
     """
     folder = Path(folder).expanduser()
     rows = []
@@ -41,6 +41,7 @@ def read(folder, every=False):
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt") as file:
             run = list(csv.DictReader(file))
         if run and not every:
+            run = [row for row in run if row.get("networks") == run[-1].get("networks")]
             last = {row["method"]: row.get("code") for row in run}
             run = [row for row in run if row.get("code") == last[row["method"]]]
             most = max(int(row["updates"]) for row in run)
