@@ -1002,7 +1002,15 @@ FAMILY = {  # defaults by a name's start
         lr_decay=1.0,
         guidance=(0.25,),
     ),
-    ("scene", "puzzle-3x3"): dict(sparse=True, policy_updates=60_000, critic_updates=120_000),
+    "scene": dict(
+        sparse=True,
+        policy_updates=90_000,
+        critic_updates=90_000,
+        batch_size=512,
+        lr_decay=1.0,
+        expectile=0.9,
+    ),
+    "puzzle-3x3": dict(sparse=True, policy_updates=60_000, critic_updates=120_000),
 }
 
 
