@@ -492,7 +492,7 @@ def find_files(task, cfg):
         try:
             ogbench.download_datasets([task.dataset], DATA)
         except Exception as e:  # whatever it is, there is another way
-            print(f"data    no download of {task.dataset}: {e!r}", flush=True)
+            print(f"data    no download of {task.dataset} ({e!r}): collecting", flush=True)
     if zipfile.is_zipfile(official):
         return [official]
     if not collected.exists():
