@@ -51,7 +51,7 @@ class Config:
     keep: bool = option(False, "use networks that other code has trained", of="")
     # playing
     methods: tuple[str, ...] = option(("qgf",), "rows of the table; NAME@4: best of 4 by Q", of="")
-    guidance: tuple[float, ...] = option((0.1,), "λ: how hard Q pushes, next to the flow", of="")
+    guidance: tuple[float, ...] = option((0.1,), "λ: how hard Q pushes, relative to v", of="")
     weights: tuple[float, ...] = option((), "w = 1/β, instead of λ: as in the paper", of="")
     episodes: int = option(50, "episodes in a row of the table", of="", low=1)
     first_seed: int = option(2_000_000, "episode i has seed N + i; choose λ on others", of="")
@@ -513,7 +513,7 @@ def load_data(path, task, env, cfg):
 
     with refusing(f"{path} is no whole .npz of numbers", *UNREADABLE), np.load(path) as file:
         raw = {x: file[x] for x in file if x in COLUMNS or ENDS.search(x)}
-    N = len(raw["actions"])
+    N = len(np.atleast_1d(raw["actions"]))
     for name in raw.keys() - {*COLUMNS}:  # ends under another name must not be ignored
         known = "give terminals (1 in a trajectory's last row), or D4RL's with timeouts"
         need(raw.pop(name).shape[:1] != (N,), f"{name} is not understood: {known}")
@@ -845,6 +845,8 @@ def load(folder, state):
     without = "without it, training begins again"
     with refusing(f"{path} is damaged, {without}", *UNREADABLE), np.load(path) as file:
         leaves = [jnp.asarray(x) for x in file.values()]
+    if [x.shape for x in leaves] != [np.shape(x) for x in jax.tree.leaves(state)]:
+        raise UserError(f"{path} has networks of other shapes: give another --out")
     state = jax.tree.unflatten(jax.tree.structure(state), leaves)
     metrics = read_csv(folder / "metrics.csv")
     return state, [row for row in metrics if int(row["updates"]) <= state.step]
@@ -1035,8 +1037,8 @@ def config(**given):
         raise UserError("--sparse is for a task: a goal always gives -1 until it is reached")
     if "weights" in given:
         given.setdefault("guidance", ())
-    for names, defaults in FAMILY.items():
-        if env.startswith(names):
+    for name, defaults in FAMILY.items():
+        if env.startswith(name):
             given = defaults | given
     return Config(**given)
 
@@ -1046,7 +1048,7 @@ def parse(argv):
     parser = argparse.ArgumentParser(
         usage="python qgf.py [options]",
         description=__doc__,
-        epilog="\n".join(f"{names}: {defaults}" for names, defaults in FAMILY.items()),
+        epilog="\n".join(f"{name}: {defaults}" for name, defaults in FAMILY.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,  # what is not given is absent
         allow_abbrev=False,

@@ -383,6 +383,7 @@ def test_actions_of_your_own_environment_are_rescaled(tmp_path):
         ("observations has NaN", dict(observations=np.full((29, 4), np.nan))),
         (r"actions .*\(29, 3\).*\(29, 2\)", dict(actions=np.zeros((29, 3)))),
         ("actions leave the range", dict(actions=np.full((29, 2), 1.1))),
+        ("has the shape", dict(actions=np.float64(0.5))),
         ("terminals has", dict(terminals=np.zeros((29, 2)))),
         ("truncations is not understood", dict(truncations=np.zeros(29))),
         ("rewards holds no numbers", dict(rewards=np.array(["a"] * 29))),
@@ -774,6 +775,14 @@ def test_files_take_turns_and_each_20_seconds_are_saved(fit, monkeypatch):
     assert saved == [0, 600, 950, 950, 1500, 2100, 2700, 3250]
 
 
+def test_networks_of_other_shapes_are_refused(fit, tmp_path):
+    """After an edit of a network, --keep ends in an error of JAX's, or acts wrongly."""
+    fit(100)
+    other = qgf.init_state(qgf.init_policy, SIZES, replace(CFG, policy_width=8))
+    with pytest.raises(qgf.UserError, match=r"other shapes: give another --out"):
+        qgf.load(tmp_path / "out" / POLICY, other)
+
+
 def test_what_cannot_be_saved_is_refused(fit, tmp_path, monkeypatch):
     """NaN replaces the last good checkpoint, or a folder that cannot be gives a traceback."""
     fit(100)
@@ -840,10 +849,9 @@ def test_words_of_the_command_line():
     assert qgf.parse(line.split()) == qgf.config(**given) == replace(qgf.config(), **given)
     assert qgf.config(weights=(0.1,)) == replace(qgf.config(), weights=(0.1,), guidance=())
     assert qgf.config(weights=[0.1], guidance=[2.0]).guidance == (2.0,)
-    for names, defaults in qgf.FAMILY.items():
-        for name in np.ravel(names):
-            given = dict(env=f"{name}-task2", depth=2)
-            assert qgf.config(**given) == qgf.Config(**defaults | given)
+    for name, defaults in qgf.FAMILY.items():
+        given = dict(env=f"{name}-task2", depth=2)
+        assert qgf.config(**given) == qgf.Config(**defaults | given)
 
 
 @pytest.mark.parametrize(
